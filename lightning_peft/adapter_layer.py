@@ -1,0 +1,252 @@
+"""The structural rule: what is under ``base_layer`` is the base, everything else belongs to adapters.
+
+Freezing, the trainable set, saved state, merging and disabling all derive from it, for every method at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_peft.errors import AdapterNotFoundError, InjectionError, MergeError
+from lightning_peft.interfaces import Adapter
+
+_TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
+
+
+class AdapterLayer(nn.Module):
+    """Stands at an adapted place: the module that was there, and the adapters around it.
+
+    Attributes that the layer does not have itself (``weight``, ``in_features``, ``attention_type``, ...) are those of
+    the module it wraps, so code that looks at the module still finds what it looks for.
+
+    Args:
+        base_layer: the module to adapt.
+    """
+
+    base_layer: nn.Module
+    adapters: nn.ModuleDict
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self._active: tuple[str, ...] = ()
+        self._trainable: frozenset[str] = frozenset()
+        self._enabled = True
+        # What merging replaced: adapter names, and parameter name -> its value before.
+        self._merged: tuple[str, ...] = ()
+        self._originals: dict[str, Tensor] = {}
+        # The adapters that act in forward, outermost last. A tuple, so that modules in it are not registered twice.
+        self._stack: tuple[Adapter, ...] = ()
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with the active adapters around it; shapes are those of the base."""
+        stack = self._stack
+        if len(stack) == 1:
+            return stack[0](self.base_layer, *args, **kwargs)
+        call: Callable[..., Any] = self.base_layer
+        for adapter in stack:
+            call = functools.partial(adapter, call)
+        return call(*args, **kwargs)
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the active adapters, innermost first."""
+        return self._active
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are folded into the weights of the base at the moment."""
+        return self._merged
+
+    def add(self, name: str, adapter: Adapter, *, trainable: bool) -> None:
+        """Add ``adapter`` under ``name``, inactive."""
+        if name in self.adapters:
+            raise InjectionError(f"this place already has an adapter {name!r}; choose another name or delete it first")
+        adapter.train(self.base_layer.training)
+        self.adapters[name] = adapter
+        self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
+        self._refresh()
+
+    def delete(self, name: str) -> None:
+        """Remove the adapter ``name``."""
+        if name in self._merged:
+            raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
+        del self.adapters[name]
+        self._active = tuple(other for other in self._active if other != name)
+        self._trainable -= {name}
+        self._refresh()
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make the adapters among ``names`` that live here the active ones, in that order."""
+        self._active = tuple(name for name in names if name in self.adapters)
+        self._refresh()
+
+    def enable(self, enabled: bool) -> None:
+        """Let the active adapters act, or not; which of them are active is remembered."""
+        self._enabled = enabled
+        self._refresh()
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Say whether the adapter ``name`` is trained while it is active."""
+        self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
+        self._refresh()
+
+    def _refresh(self) -> None:
+        acting = [name for name in self._active if name not in self._merged]
+        self._stack = tuple(self._adapter(name) for name in acting) if self._enabled else ()
+        for name in self.adapters:
+            # Only active adapters require gradients: DDP then never meets a trained parameter without one.
+            self._adapter(name).requires_grad_(name in self._trainable and name in self._active)
+
+    def _adapter(self, name: str) -> Adapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, names: Sequence[str]) -> None:
+        """Fold the adapters ``names`` that live here into the base, keeping the original tensors for :meth:`unmerge`.
+
+        Raises:
+            MergeError: one is merged already, cannot be merged, or would give non-finite weights. Nothing is changed then.
+        """
+        names = [name for name in names if name in self.adapters]
+        for name in names:
+            if name in self._merged:
+                raise MergeError(f"adapter {name!r} is merged already; a second merge would apply it twice")
+        originals: dict[str, Tensor] = {}
+        try:
+            for name in names:
+                for key, value in self._adapter(name).merged_parameters(self.base_layer).items():
+                    parameter = self.base_layer.get_parameter(key)
+                    if not torch.isfinite(value).all():
+                        raise MergeError(
+                            f"merging adapter {name!r} makes {key!r} non-finite; the weights are unchanged"
+                        )
+                    originals.setdefault(key, parameter.data)
+                    parameter.data = value.to(parameter.dtype)
+        except BaseException:
+            self._restore(originals)
+            raise
+        self._originals = originals | self._originals
+        self._merged += tuple(names)
+        self._refresh()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original tensors of the base back, bit for bit."""
+        self._restore(self._originals)
+        self._originals, self._merged = {}, ()
+        self._refresh()
+
+    def _restore(self, originals: dict[str, Tensor]) -> None:
+        for key, value in originals.items():
+            parameter = self.base_layer.get_parameter(key)
+            parameter.data = value.to(parameter.device)
+
+    # -- looking like the base -------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules") or {}
+            if "base_layer" not in modules:
+                raise
+        for adapter in self.__dict__.get("_stack", ()):
+            if name in adapter.attribute_overrides:
+                return adapter.attribute_overrides[name]
+        return getattr(modules["base_layer"], name)
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):  # such as lm_head.weight = embedding.weight, when weights are tied
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"active={list(self._active)}" + (f", merged={list(self._merged)}" if self._merged else "")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(path, module)`` of every place of the base, each module once.
+
+    The paths are those of the model without adapters. Where a place is adapted, its :class:`AdapterLayer` is yielded.
+    """
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        inner = module
+        for child_name, child in module.named_children():
+            if child_name in _TRANSPARENT:
+                yield from visit(child, path)
+                return
+        yield path, module
+        if isinstance(module, AdapterLayer):
+            inner = module.base_layer
+            seen.add(id(inner))
+        for child_name, child in inner.named_children():
+            yield from visit(child, f"{path}.{child_name}" if path else child_name)
+
+    yield from visit(model, "")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the base module at a place: what an :class:`AdapterLayer` wraps, or ``module`` itself."""
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Return every :class:`AdapterLayer` of ``model`` by the path its module has in the base model."""
+    return {path: module for path, module in base_modules(model) if isinstance(module, AdapterLayer)}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of all adapters in ``model``, in the order they were added."""
+    return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.adapters))
+
+
+def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:
+    """Return the adapters called ``name`` by module path.
+
+    Raises:
+        AdapterNotFoundError: there is none.
+    """
+    found = {path: layer._adapter(name) for path, layer in adapter_layers(model).items() if name in layer.adapters}
+    if not found:
+        names = adapter_names(model)
+        held = f"it holds {', '.join(map(repr, names))}" if names else "it holds none; call inject(model, method) first"
+        raise AdapterNotFoundError(
+            f"adapter {name!r} was asked for, but {type(model).__name__} has no such adapter: {held}"
+        )
+    return found
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield ``(name, parameter)`` of the base, names as in the model without adapters, shared parameters once."""
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in unwrapped(module).named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{name}" if path else name), parameter

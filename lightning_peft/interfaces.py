@@ -1,0 +1,248 @@
+"""What a plugin implements: :class:`Method` with its :class:`Adapter`, :class:`Quantizer`, :class:`EvalTask`, :class:`Exporter`.
+
+::
+
+    Method (frozen dataclass: hyperparameters)  --adapter(module, target)-->  Adapter (nn.Module: tensors and arithmetic)
+                                                                                 |
+    model ... --(module)--   becomes   model ... --(AdapterLayer)-- base_layer   the module that stood there
+                                                        |---------- adapters     {"default": Adapter, "other": Adapter}
+
+An adapter acts *around* the module it adapts: it is called with that module and its arguments, and decides what
+happens before, after or instead of it. Low-rank deltas, scalings, bottlenecks, prefixes and mixtures of experts all
+fit this one shape, and several active adapters compose by nesting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_peft.errors import AdapterConfigError, MergeError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A part of the output features of a fused projection.
+
+    The output, of width ``groups * width``, is seen as ``(groups, width)``; the slice is ``[:, start:stop]`` of it.
+    GPT-2's fused query, key and value have one group; GPT-NeoX interleaves them in one group a head.
+
+    Example:
+        >>> Slice(role="key", groups=1, width=12, start=4, stop=8).features
+        4
+    """
+
+    role: str
+    """The role the slice plays, such as ``query``."""
+    groups: int
+    """How many groups the output features are made of."""
+    width: int
+    """Features in one group."""
+    start: int
+    """First feature of the slice in each group."""
+    stop: int
+    """One past the last feature of the slice in each group."""
+
+    @property
+    def features(self) -> int:
+        """Output features in the slice."""
+        return self.groups * (self.stop - self.start)
+
+    def view(self, output: Tensor) -> Tensor:
+        """Return the slice of ``output`` (..., groups * width) as a view (..., groups, stop - start)."""
+        return output.unflatten(-1, (self.groups, self.width))[..., self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place of a model that a method adapts."""
+
+    path: str
+    """Dotted path of the module in the base model."""
+    slices: tuple[Slice, ...] = ()
+    """The slices of a fused projection that were asked for; empty for the whole module."""
+    rule: str = ""
+    """The target (role, glob or regular expression) that matched, for messages."""
+
+
+class Adapter(nn.Module, ABC):
+    """The tensors of one named adapter at one place, and how they act there.
+
+    All parameters of an adapter are trained; a tensor that is not trained is a buffer. ``__init__`` allocates with
+    ``torch.empty`` on the device of the adapted module and :meth:`reset_parameters` gives the values, so that adapters
+    can be built on the meta device and materialised later. No state may stay on an adapter between two forwards.
+    """
+
+    attribute_overrides: ClassVar[Mapping[str, Any]] = {}
+    """Attributes of the adapted module that must read differently while this adapter is active."""
+
+    @abstractmethod
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``base`` (the adapted module, or a further adapter around it) with this adapter in effect."""
+
+    @abstractmethod
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        """Give every tensor its initial value. ``base_layer`` is the adapted module."""
+
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by the name and shape they have in an adapter file, as views wherever possible."""
+        state = dict(self.named_parameters())
+        buffers = {key: value for key, value in self.state_dict(keep_vars=True).items() if key not in state}
+        return state | buffers
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return what an adapter file holds for this place."""
+        return {key: tensor.detach() for key, tensor in self.disk_tensors().items()}
+
+    @torch.no_grad()
+    def import_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take the values of ``state``, whose keys and shapes are those of :meth:`export_state`."""
+        for key, tensor in self.disk_tensors().items():
+            tensor.copy_(state[key])
+
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        """Return new values for parameters of ``base_layer`` that make it act as if this adapter were active.
+
+        The keys are parameter names of ``base_layer``, the values have its shapes and dtypes. Nothing is changed.
+
+        Raises:
+            MergeError: the method is not mergeable, or not into this module.
+        """
+        raise MergeError(
+            f"{type(self).__name__} cannot be merged into the base weights; keep the adapter active instead"
+        )
+
+
+class _Named:
+    """What all plugin nouns share: a ``name``, and dataclass fields as plain values."""
+
+    name: ClassVar[str]
+    """The registry name, written to files: lower case, words joined by underscores."""
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the dataclass fields as plain values, ready for JSON."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build from the result of :meth:`to_config`.
+
+        Raises:
+            AdapterConfigError: ``config`` names a field that this class does not have.
+        """
+        known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+        for key in config:
+            if key not in known:
+                raise AdapterConfigError(
+                    f"{cls.name!r} has no field {key!r}{did_you_mean(key, known)} It has: {', '.join(known)}. "
+                    "The file may come from a newer version of the plugin."
+                )
+        return cls(**config)
+
+
+class Method(_Named, ABC):
+    """An adaptation method: its hyperparameters and how it makes adapters.
+
+    A subclass is a ``@dataclass(frozen=True, kw_only=True)``: the fields are the hyperparameters, each with a docstring
+    below it (which becomes the help of the command line) and validated in ``__post_init__``. Class attributes declare
+    what the method can do; the library and the conformance suite read them and never ask for a method by name.
+    """
+
+    default_targets: ClassVar[tuple[str, ...]] = ("all_linear",)
+    """Targets used when none are given."""
+    identity_at_init: ClassVar[bool] = True
+    """A fresh adapter leaves the output as it is, bit for bit."""
+    mergeable: ClassVar[bool] = False
+    """The adapter can be folded into the weights of the base."""
+    row_routable: ClassVar[bool] = False
+    """The adapter acts on each row (first dimension) of its input on its own."""
+    composable: ClassVar[bool] = True
+    """Several adapters of this method may be active at one place at once."""
+    quantized_base: ClassVar[bool] = False
+    """The method works over a base layer whose weights are quantised."""
+    peft_type: ClassVar[str | None] = None
+    """The ``peft_type`` under which HF PEFT knows the method, or None."""
+
+    @abstractmethod
+    def supports(self, module: nn.Module) -> bool:
+        """Tell whether the method can adapt ``module``."""
+
+    @abstractmethod
+    def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        """Make the adapter for ``module``, which stands at ``target``. Values come from ``reset_parameters`` later."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change the base before adapters go in, for instance quantise it. Called once a model and method."""
+
+    def expand(self, model: nn.Module, targets: Sequence[Target]) -> Sequence[Target]:
+        """Return all places the method adapts, given the resolved ``targets``; a subclass with a global view adds some."""
+        return targets
+
+    def patterns(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return ``{field: {target pattern: value}}`` for the fields that may differ from place to place."""
+        return {}
+
+    def at(self, **overrides: Any) -> Self:
+        """Return the method as it is at one place, after its patterns gave ``overrides``."""
+        return dataclasses.replace(self, **overrides) if overrides else self  # type: ignore[type-var]
+
+    def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        """Return the fields of HF PEFT's ``adapter_config.json`` beyond ``peft_type`` and ``target_modules``.
+
+        ``adapters`` maps module paths to the adapters that are saved.
+        """
+        raise NotImplementedError(f"{type(self).__name__} declares peft_type and must implement to_hf_config")
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
+        """Build the method that acts as HF PEFT does under ``config``.
+
+        Raises:
+            AdapterConfigError: the configuration uses something this method does not have.
+        """
+        raise NotImplementedError(f"{cls.__name__} declares peft_type and must implement from_hf_config")
+
+
+class Quantizer(_Named, ABC):
+    """A way to store the weights of a frozen linear layer in few bits. A frozen dataclass, like :class:`Method`."""
+
+    @abstractmethod
+    def quantize(self, linear: nn.Linear) -> nn.Module:
+        """Return a module that acts as ``linear`` with quantised weights. ``linear`` is left as it is."""
+
+    @abstractmethod
+    def dequantized(self, module: nn.Module) -> Tensor:
+        """Return the weight (out_features, in_features) that ``module``, made by :meth:`quantize`, stands for."""
+
+
+class EvalTask(_Named, ABC):
+    """A measurement of a model. A frozen dataclass, like :class:`Method`."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure ``model`` as it is now and return the figures by name. The model is left as it was."""
+
+
+class Exporter(_Named, ABC):
+    """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""
+
+    @abstractmethod
+    def export(self, model: nn.Module, path: Path) -> None:
+        """Write ``model`` to the folder ``path``. The model is left as it was."""
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples, mappings and paths into what JSON holds."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

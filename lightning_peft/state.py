@@ -1,0 +1,504 @@
+"""Adapters on disk: what is saved, and a strict way back.
+
+A folder holds three files. ``adapter_model.safetensors`` and ``adapter_config.json`` are HF PEFT's, wherever HF PEFT knows
+the method. ``lightning_peft.json`` is ours: the method with all its fields, its places, the fingerprint of the base
+and a hash of the other two files. It is written last, so a folder torn by a crash is refused, not misread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import fingerprint as fp
+from lightning_peft.adapter_layer import (
+    adapter_layers,
+    adapter_names,
+    adapters_named,
+    base_modules,
+    base_parameters,
+    unwrapped,
+)
+from lightning_peft.errors import (
+    AdapterConfigError,
+    AdapterFileError,
+    AdapterMismatchError,
+    BaseMismatchError,
+    InjectionError,
+    LightningPEFTError,
+    UnknownNameError,
+)
+from lightning_peft.interfaces import Method, Slice, Target
+from lightning_peft.registry import get_registry
+from lightning_peft.surgery import Injection, active_adapters, delete_adapter, inject_at, record, set_active_adapters
+
+WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+FORMAT_VERSION = 1
+HF_PREFIX = "base_model.model."
+"""What HF PEFT puts before the path of a module in the keys of an adapter file."""
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+
+def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """Return the tensors of one adapter by ``<module path>.<tensor>``, named and shaped as in an adapter file.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+    """
+    return {
+        f"{path}.{key}": value
+        for path, adapter in adapters_named(model, name).items()
+        for key, value in adapter.export_state().items()
+    }
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Path:
+    """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
+
+    Each file is replaced atomically. Files of other names in the folder stay.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+        AdapterFileError: the adapter has non-finite values, or no values yet (meta device).
+        OSError: the folder cannot be written.
+    """
+    injection = record(model, name)
+    tensors = adapter_state_dict(model, name)
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise AdapterFileError(
+                f"{key!r} of adapter {name!r} is on the meta device and has no values to save; materialise it first"
+            )
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                f"{key!r} of adapter {name!r} has non-finite values; it is not saved, so that a good file is not replaced"
+            )
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = HF_PREFIX if injection.method.peft_type else ""
+    # Distinct contiguous copies: safetensors refuses tensors that share memory.
+    payload = {
+        prefix + key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
+    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
+    if injection.method.peft_type:
+        files[HF_CONFIG] = _json(_hf_config(model, injection, name))
+    own = {
+        "format_version": FORMAT_VERSION,
+        "method": {"name": injection.method.name, "fields": injection.method.to_config()},
+        "family": injection.family,
+        "places": {
+            target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
+            for target in injection.targets
+        },
+        "base": {"name_or_path": base_name(model), "class": type(model).__name__, **fp.to_json(model)},
+        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
+        },
+    }
+    for file, content in {**files, OWN_CONFIG: _json(own)}.items():
+        _write(folder / file, content)
+    return folder
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return the folder or hub id that ``model`` was loaded from, as transformers remembers it."""
+    name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(name) if name else None
+
+
+def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, Any]:
+    task = next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    config = {
+        "peft_type": injection.method.peft_type,
+        "task_type": task,
+        "base_model_name_or_path": base_name(model),
+        "revision": None,
+        "inference_mode": True,
+        "target_modules": injection.paths,
+        **injection.method.to_hf_config(adapters_named(model, name)),
+    }
+    for key in [key for key in config if key.endswith("_modules")]:
+        config[key] = _shortest(model, config[key])
+    return config
+
+
+def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
+    """Return the last parts of ``paths`` where these name the same modules under HF PEFT's suffix rule, else the paths."""
+    chosen, ends = set(paths), {path.rsplit(".", 1)[-1] for path in paths}
+    named = {path for path, _ in base_modules(model) if path and path.rsplit(".", 1)[-1] in ends}
+    return sorted(ends) if named == chosen else sorted(chosen)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds, read and checked, but in no model yet."""
+
+    path: Path
+    """The folder."""
+    method: Method
+    """The method, rebuilt from its fields."""
+    tensors: Mapping[str, Tensor]
+    """The tensors by ``<module path>.<tensor>``."""
+    own: Mapping[str, Any] | None
+    """The content of ``lightning_peft.json``; None for a folder written by HF PEFT."""
+    hf: Mapping[str, Any] | None
+    """The content of ``adapter_config.json``; None for a method that HF PEFT does not know."""
+
+    @property
+    def base_name_or_path(self) -> str | None:
+        """The base model the adapter was trained on, as it was called then."""
+        own = (self.own or {}).get("base") or {}
+        name = own.get("name_or_path") or (self.hf or {}).get("base_model_name_or_path")
+        return str(name) if name else None
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read an adapter folder, ours or HF PEFT's. Nothing is unpickled and no class named in a file is imported.
+
+    Raises:
+        AdapterFileError: a file is missing or cannot be read, or was changed since the folder was written.
+        AdapterConfigError: the configuration names an unknown method, field or value.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterFileError(
+            f"{str(folder)!r} is not a folder; an adapter folder holds {HF_CONFIG} or {OWN_CONFIG}, and {WEIGHTS}"
+        )
+    own = _read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
+    hf = _read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
+    if own is None and hf is None:
+        raise AdapterFileError(
+            f"{str(folder)!r} has neither {OWN_CONFIG} nor {HF_CONFIG}: it holds {sorted(p.name for p in folder.iterdir())[:10]}"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never loaded; convert it to safetensors)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise AdapterFileError(f"{str(folder)!r} has no {WEIGHTS}{pickled}")
+    content = (folder / WEIGHTS).read_bytes()
+    if own is not None:
+        _verify(folder, own, content)
+    try:
+        stored = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
+    method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
+    return AdapterFolder(path=folder, method=method, tensors=_unprefixed(folder, stored, method), own=own, hf=hf)
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, name: str = "default", trainable: bool = False, check_base: bool = True
+) -> Injection:
+    """Put the adapter of a folder into ``model``, in place, and make it the active one.
+
+    Strict: every tensor the adapter needs must be there with the right shape and finite values, and no other. If it is
+    refused, the model is what it was.
+
+    Args:
+        model: the base model, with other adapters or without.
+        path: a folder written by :func:`save_adapter` or by HF PEFT.
+        name: the name it gets in the model.
+        trainable: whether it is trained further.
+        check_base: whether to refuse a base other than the one it was trained on. Folders of HF PEFT do not say.
+
+    Raises:
+        AdapterFileError: the folder cannot be read.
+        AdapterConfigError: its configuration cannot be honoured.
+        AdapterMismatchError: its tensors are not what the model needs.
+        BaseMismatchError: it was trained on another base.
+        InjectionError: the model has an adapter of that name.
+    """
+    folder = read_adapter(path)
+    if name in adapter_names(model):
+        raise InjectionError(
+            f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
+        )
+    if check_base and folder.own is not None:
+        _check_base(model, folder)
+    injection = _placed(model, folder)
+    with _unchanged_on_error(model, name), torch.random.fork_rng():
+        try:
+            inject_at(model, injection, name=name, trainable=trainable)
+        except LightningPEFTError as error:
+            raise AdapterMismatchError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}") from error
+        tensors = _without_base_copies(model, folder)
+        base_names = [key for path, _ in base_parameters(model) for key in (path, _in_layer(path))]
+        _check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)
+        for place, adapter in adapters_named(model, name).items():
+            try:
+                adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
+            except AdapterConfigError as error:
+                raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}, at {place!r}: {error}") from error
+    return injection
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(model: nn.Module, name: str) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = active_adapters(model)
+    try:
+        yield
+    except BaseException:
+        if name in adapter_names(model):
+            delete_adapter(model, name)
+            set_active_adapters(model, active)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:
+    if own.get("format_version") != FORMAT_VERSION:
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r} has format_version {own.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
+    for file, expected in dict(own.get("files") or {}).items():
+        if file not in (WEIGHTS, HF_CONFIG):
+            raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r} vouches for an unknown file {file!r}")
+        content = weights if file == WEIGHTS else (folder / file).read_bytes() if (folder / file).is_file() else b""
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise AdapterFileError(
+                f"{str(folder / file)!r} is not the file that {OWN_CONFIG} was written for: the folder was changed, or a write was cut "
+                f"off. Restore it, or delete {OWN_CONFIG} to read it as a plain HF PEFT folder"
+            )
+
+
+def _own_method(folder: Path, own: Mapping[str, Any]) -> Method:
+    described = own.get("method")
+    if (
+        not isinstance(described, dict)
+        or not isinstance(described.get("name"), str)
+        or not isinstance(described.get("fields"), dict)
+    ):
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r} needs 'method' with 'name' and 'fields', found {described!r}"
+        )
+    try:
+        method: Method = get_registry().method(described["name"]).from_config(described["fields"])
+    except UnknownNameError as error:
+        raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r}: the fields of {described['name']!r} are wrong: {error}"
+        ) from error
+    return method
+
+
+def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
+    try:
+        peft_type = hf.get("peft_type")
+        if not isinstance(peft_type, str):
+            raise AdapterConfigError(f"'peft_type' must be a string such as 'LORA', found {peft_type!r}")
+        return get_registry().method_for_peft_type(peft_type).from_hf_config(hf)
+    except (AdapterConfigError, UnknownNameError) as error:
+        raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
+
+
+def _unprefixed(folder: Path, stored: Mapping[str, Tensor], method: Method) -> dict[str, Tensor]:
+    prefix = HF_PREFIX if method.peft_type else ""
+    for key in stored:
+        if not key.startswith(prefix):
+            raise AdapterMismatchError(
+                f"{str(folder / WEIGHTS)!r} has the key {key!r}, which does not start with {prefix!r}"
+            )
+    return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+
+
+def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
+    base = (folder.own or {}).get("base") or {}
+    here = fp.fingerprint(model)
+    if not base.get("tensors") or here is None:
+        return
+    stored = fp.Fingerprint(base["tensors"])
+    different = stored.differences(here, fp.quantized_names(model) | frozenset(base.get("quantized") or ()))
+    if different:
+        raise BaseMismatchError(
+            f"{str(folder.path)!r} was trained on the base {base.get('name_or_path') or base.get('class')!r} with fingerprint {stored.digest}, but "
+            f"this {type(model).__name__} has fingerprint {here.digest}: {len(different)} of {len(stored.tensors)} parameters differ, first "
+            f"{different[0]!r}. Load the right base, or pass check_base=False if you know what you do"
+        )
+
+
+def _placed(model: nn.Module, folder: AdapterFolder) -> Injection:
+    """Return the injection a folder asks for."""
+    if folder.own is not None:
+        try:
+            targets = tuple(
+                Target(path=place, rule=held["rule"], slices=tuple(Slice(**part) for part in held["slices"]))
+                for place, held in folder.own["places"].items()
+            )
+            return Injection(method=folder.method, targets=targets, family=str(folder.own["family"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise AdapterConfigError(
+                f"{str(folder.path / OWN_CONFIG)!r}: 'places' or 'family' cannot be read: {error!r}"
+            ) from error
+    modules = {place: unwrapped(module) for place, module in base_modules(model) if place}
+    places: dict[str, set[str]] = {}
+    for key in folder.tensors:
+        parts = key.split(".")
+        place = next((p for n in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:n])) in modules), None)
+        if place is None:
+            raise AdapterMismatchError(
+                f"{str(folder.path / WEIGHTS)!r} has {key!r}, but {type(model).__name__} has no module for it: wrong base?"
+            )
+        places.setdefault(place, set()).add(key[len(place) + 1 :])
+    # A place where the file holds only parameters of the base (a bias, or worse) is not a target.
+    targets = tuple(
+        Target(path=place, rule=HF_CONFIG)
+        for place in modules
+        if place in places and not places[place] <= set(dict(modules[place].named_parameters(recurse=False)))
+    )
+    _check_hf_targets(folder, modules, {target.path for target in targets})
+    return Injection(method=folder.method, targets=targets, family=get_registry().resolve_family(model).name)
+
+
+def _check_hf_targets(folder: AdapterFolder, modules: Mapping[str, nn.Module], places: set[str]) -> None:
+    """Compare the places of the tensors with HF PEFT's own rule for ``target_modules``, where that is a list of names."""
+    hf = folder.hf or {}
+    names = hf.get("target_modules")
+    if not places:
+        raise AdapterMismatchError(
+            f"{str(folder.path / WEIGHTS)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
+        )
+    if not isinstance(names, list) or hf.get("layers_to_transform") is not None or hf.get("exclude_modules"):
+        return  # a regular expression from a file is never run; the tensors alone say where they belong
+    wanted = {place for place in modules if any(place == name or place.endswith(f".{name}") for name in names)}
+    missing = sorted(place for place in wanted - places if folder.method.supports(modules[place]))
+    extra = sorted(places - wanted)
+    if missing or extra:
+        raise AdapterMismatchError(
+            f"{str(folder.path)!r}: target_modules {names} of {HF_CONFIG} and the tensors of {WEIGHTS} do not agree. "
+            f"Modules without tensors: {missing[:5]} ({len(missing)}); tensors for other modules: {extra[:5]} ({len(extra)})"
+        )
+
+
+def _without_base_copies(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    """Drop the copies of adapted embeddings that HF PEFT writes beside their adapters, after comparing them."""
+    tensors = dict(folder.tensors)
+    for place, layer in adapter_layers(model).items():
+        key = f"{place}.base_layer.weight"
+        if key in tensors and isinstance(layer.base_layer, nn.Embedding):
+            stored, weight = tensors.pop(key), layer.base_layer.weight.detach()
+            if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
+                raise BaseMismatchError(
+                    f"{str(folder.path / WEIGHTS)!r} holds a copy of the embedding {place!r} that differs from this model's"
+                )
+    return tensors
+
+
+def _check_tensors(
+    folder: AdapterFolder, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Iterable[str]
+) -> None:
+    """Compare the tensors of a file with those expected; ``names`` are the parameters of the base."""
+    where = str(folder.path / WEIGHTS)
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        base = " (some would overwrite the base)" if set(extra) & set(names) else ""
+        raise AdapterMismatchError(
+            f"{where!r} does not hold what {folder.method.name!r} needs here. Missing: {missing[:5]} ({len(missing)}); "
+            f"not expected{base}: {extra[:5]} ({len(extra)})"
+        )
+    for key, tensor in expected.items():
+        if found[key].shape != tensor.shape:
+            raise AdapterMismatchError(
+                f"{where!r}: {key!r} has shape {tuple(found[key].shape)}, this model needs {tuple(tensor.shape)}: another base, or another rank"
+            )
+        if not found[key].is_floating_point() or not torch.isfinite(found[key]).all():
+            raise AdapterMismatchError(
+                f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers"
+            )
+
+
+def _in_layer(name: str) -> str:
+    """Return the name HF PEFT gives a base parameter of an adapted module."""
+    place, _, parameter = name.rpartition(".")
+    return f"{place}.base_layer.{parameter}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; duplicate keys, NaN and anything but an object are errors."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{str(path)!r} must hold a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,494 @@
+"""Model-wide verbs: put adapters in, choose which act, merge them, take them out.
+
+All of them work on any ``nn.Module`` and through :class:`~lightning_peft.adapter_layer.AdapterLayer` alone; none knows
+what a method does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.adapter_layer import (
+    AdapterLayer,
+    adapter_layers,
+    adapter_names,
+    adapters_named,
+    base_modules,
+    base_parameters,
+    unwrapped,
+)
+from lightning_peft.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    InjectionError,
+    LightningPEFTWarning,
+    MergeError,
+    TargetError,
+)
+from lightning_peft.interfaces import Method, Target
+from lightning_peft.registry import get_registry
+from lightning_peft.targets import ModelFamily, Targets, matches, resolve_targets
+
+_RECORDS = "_lightning_peft_adapters"
+"""Attribute of an adapted model: adapter name to :class:`Injection`."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was put into a model under one name."""
+
+    method: Method
+    """The method, with its hyperparameters."""
+    targets: tuple[Target, ...]
+    """The places it adapts."""
+    family: str
+    """Name of the model family that gave the roles their meaning."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Module paths of the places."""
+        return [target.path for target in self.targets]
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """How much of a model is trained."""
+
+    trainable: int
+    """Parameters that are trained."""
+    total: int
+    """All parameters, adapters included."""
+    layers: int
+    """Places that are adapted."""
+
+    @property
+    def percent(self) -> float:
+        """Share of the parameters that are trained, in percent."""
+        return 100.0 * self.trainable / max(1, self.total)
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3f} %), at {self.layers} places"
+
+
+def inject(
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] | Targets | None = None,
+    *,
+    name: str = "default",
+    family: ModelFamily | str | None = None,
+    trainable: bool = True,
+) -> Injection:
+    """Adapt ``model`` in place: freeze it, put adapters at ``targets`` and make them the active ones.
+
+    Args:
+        model: any module. In a LightningModule of your own, call this in ``configure_model``.
+        method: the adaptation method.
+        targets: roles, globs or ``re:`` expressions; the method's default targets if None.
+        name: the adapter's name; a model may hold several.
+        family: the model family, or its name, where it should not be found from the model.
+        trainable: whether the adapters are trained.
+
+    Returns:
+        What was injected where.
+
+    Raises:
+        TargetError: a target matches nothing, or something that the method cannot adapt.
+        InjectionError: the name is taken.
+
+    Example:
+        >>> import torch
+        >>> from lightning_peft import LoRA
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> inject(model, LoRA(rank=1), ["0", "1"]).paths
+        ['0', '1']
+    """
+    _check_name(model, name)
+    if not isinstance(method, Method):
+        raise ConfigError(f"inject needs an instance of a Method such as LoRA(rank=8), got {method!r}")
+    if isinstance(family, str):
+        family = get_registry().get("model family", family)
+    if family is None:
+        family = get_registry().resolve_family(model)
+    chosen = resolve_targets(
+        model,
+        method.default_targets if targets is None else targets,
+        family,
+        supports=method.supports,
+        method=type(method).__name__,
+    )
+    if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
+        _warn_of_fused_experts(model)
+    return _put(model, Injection(method=method, targets=tuple(chosen), family=family.name), family, name, trainable)
+
+
+def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: bool = True) -> Injection:
+    """Put the adapters of an :class:`Injection` into ``model`` at exactly its places, as :func:`inject` would."""
+    _check_name(model, name)
+    known = {path: unwrapped(module) for path, module in base_modules(model)}
+    for target in injection.targets:
+        if target.path not in known:
+            raise TargetError(
+                f"the adapter has a place {target.path!r}, but {type(model).__name__} has no such module: it is for another model"
+            )
+        if not injection.method.supports(known[target.path]):
+            kind = type(known[target.path]).__name__
+            raise TargetError(
+                f"the adapter has a place {target.path!r}, a {kind} in this model, which {injection.method.name!r} cannot adapt"
+            )
+    family = get_registry().model_families.get(injection.family) or get_registry().resolve_family(model)
+    return _put(model, injection, family, name, trainable)
+
+
+def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str, trainable: bool) -> Injection:
+    method = injection.method
+    overrides = _overrides(model, method, injection.targets, family)
+    method.prepare(model)
+    modules = dict(base_modules(model))
+    # Everything that can fail comes before the model changes.
+    made = []
+    for target in method.expand(model, injection.targets):
+        module = unwrapped(modules[target.path])
+        adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
+        adapter.reset_parameters(module)
+        made.append((modules[target.path], adapter))
+    freeze(model)
+    parents = _parents(model)
+    fused_path = {
+        id(m) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()
+    }
+    for module, adapter in made:
+        layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
+        layer.add(name, adapter, trainable=trainable)
+        if id(module) in fused_path and layer is not module:
+            # In eval mode torch's encoder layer takes a fused path that reads weights instead of calling modules;
+            # it keeps off that path where anybody listens to one of them.
+            layer.register_forward_pre_hook(_keep_off_the_fused_path)
+    records(model)[name] = injection
+    set_active_adapters(model, [name])
+    return injection
+
+
+def _keep_off_the_fused_path(module: nn.Module, args: Any) -> None:
+    """Do nothing: being registered is the effect."""
+
+
+def records(model: nn.Module) -> dict[str, Injection]:
+    """Return what was injected into ``model``, by adapter name."""
+    if _RECORDS not in model.__dict__:
+        model.__dict__[_RECORDS] = {}
+    found: dict[str, Injection] = model.__dict__[_RECORDS]
+    return found
+
+
+def record(model: nn.Module, name: str) -> Injection:
+    """Return what was injected as ``name``.
+
+    Raises:
+        AdapterNotFoundError: nothing was.
+    """
+    adapters_named(model, name)
+    if name not in records(model):
+        raise AdapterNotFoundError(
+            f"adapter {name!r} lives inside {type(model).__name__}, but was injected into a part of it: hand over that part"
+        )
+    return records(model)[name]
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter of the base; those of adapters keep their state."""
+    for _, parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+
+
+def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make the adapters ``names`` the active ones; where several meet at one place they act one around the other.
+
+    For deltas such as LoRA's that is their sum. Adapters that are not active are not trained. An empty list leaves the
+    base alone.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of one of the names.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    layers = adapter_layers(model)
+    present = adapter_names(model)
+    for name in names:
+        if name not in present:
+            adapters_named(model, name)  # raises, saying what there is
+    for path, layer in layers.items():
+        here = [name for name in names if name in layer.adapters]
+        for name in here if len(here) > 1 else []:
+            held = records(model).get(name)
+            if held is not None and not held.method.composable:
+                raise InjectionError(
+                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; activate one of them"
+                )
+    for layer in layers.values():
+        layer.activate(names)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the active adapters of ``model``."""
+    return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.active))
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove the adapter ``name``; a place without adapters becomes the module it was.
+
+    Raises:
+        AdapterNotFoundError: there is none of that name.
+        MergeError: it is merged into the base; unmerge it first.
+    """
+    adapters_named(model, name)
+    layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
+    if any(name in layer.merged for layer in layers.values()):
+        raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
+    parents = _parents(model)
+    for layer in layers.values():
+        layer.delete(name)
+        if not layer.adapters:
+            _replace(layer.base_layer, parents[id(layer)])
+    records(model).pop(name, None)
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Let ``model`` be the base, bit for bit, for the time of a ``with`` block; merged adapters are taken out too."""
+    layers = list(adapter_layers(model).values())
+    merged = [(layer, layer.merged) for layer in layers if layer.merged]
+    enabled = [(layer, layer._enabled) for layer in layers]
+    for layer, _ in merged:
+        layer.unmerge()
+    for layer in layers:
+        layer.enable(False)
+    try:
+        yield model
+    finally:
+        for layer, was_enabled in enabled:
+            layer.enable(was_enabled)
+        for layer, names in merged:
+            layer.merge(names)
+
+
+def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -> None:
+    """Fold adapters into the weights of the base, in place; :func:`unmerge_adapters` restores the base bit for bit.
+
+    Args:
+        model: an adapted model.
+        names: adapters to merge; the active ones if None.
+
+    Raises:
+        AdapterNotFoundError: the model has none of them.
+        MergeError: one is merged already, its method cannot merge, a weight is shared with a module that is not
+            adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
+    """
+    names = [names] if isinstance(names, str) else list(active_adapters(model) if names is None else names)
+    if not names:
+        names = ["default"]
+    for name in names:
+        adapters_named(model, name)
+        held = records(model).get(name)
+        if held is not None and not held.method.mergeable:
+            raise MergeError(
+                f"adapter {name!r} is a {held.method.name!r} adapter, a method that cannot be merged into the base"
+            )
+    _refuse_shared(model, names)
+    done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
+    try:
+        for layer in adapter_layers(model).values():
+            before = layer.merged
+            layer.merge(names)
+            done.append((layer, before))
+    except BaseException:
+        for layer, before in done:
+            layer.unmerge()
+            layer.merge(before)
+        raise
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Take all merged adapters out of the weights again: the base is bit for bit what it was.
+
+    Raises:
+        MergeError: no adapter is merged.
+    """
+    layers = [layer for layer in adapter_layers(model).values() if layer.merged]
+    if not layers:
+        raise MergeError(f"{type(model).__name__} has no merged adapter to unmerge")
+    for layer in layers:
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def adapters_merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Have every active adapter merged into the base for the time of a ``with`` block."""
+    before = {path: layer.merged for path, layer in adapter_layers(model).items()}
+    waiting = [name for name in active_adapters(model) if not all(name in merged for merged in before.values())]
+    if waiting:
+        merge_adapters(model, waiting)
+    try:
+        yield model
+    finally:
+        if waiting:
+            for path, layer in adapter_layers(model).items():
+                layer.unmerge()
+                layer.merge(before[path])
+
+
+@contextlib.contextmanager
+def adapters_taken_out(model: nn.Module) -> Iterator[nn.Module]:
+    """Have the bare base, with what is merged into it, in the places of adapter layers for the time of a ``with`` block."""
+    layers = list(adapter_layers(model).values())
+    parents = _parents(model)
+    for layer in layers:
+        _replace(layer.base_layer, parents[id(layer)])
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            _replace(layer, parents[id(layer)])
+
+
+def unload_adapters(model: nn.Module) -> nn.Module:
+    """Take all adapter layers out and return the model: the base, with what was merged into it kept.
+
+    Raises:
+        AdapterNotFoundError: there are no adapters.
+    """
+    layers = adapter_layers(model)
+    if not layers:
+        raise AdapterNotFoundError(
+            f"{type(model).__name__} has no adapters to unload; call inject(model, method) first"
+        )
+    parents = _parents(model)
+    for layer in layers.values():
+        _replace(layer.base_layer, parents[id(layer)])
+    records(model).clear()
+    return model
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """Count the parameters of ``model`` and those of them that are trained. Shared parameters count once."""
+    parameters = list(model.parameters())
+    return TrainableSummary(
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        total=sum(parameter.numel() for parameter in parameters),
+        layers=len(adapter_layers(model)),
+    )
+
+
+def materialize_adapters(model: nn.Module) -> None:
+    """Give adapters that were injected on the meta device real tensors, on the device of their base, and initial values.
+
+    Raises:
+        InjectionError: the base itself is still on the meta device.
+    """
+    for path, layer in adapter_layers(model).items():
+        for adapter in layer.adapters.values():
+            tensors = [*adapter.parameters(), *adapter.buffers()]
+            if not any(tensor.is_meta for tensor in tensors):
+                continue
+            device = next(
+                (tensor.device for tensor in [*layer.base_layer.parameters(), *layer.base_layer.buffers()]),
+                torch.device("cpu"),
+            )
+            if device.type == "meta":
+                raise InjectionError(
+                    f"the base at {path!r} is on the meta device; load its weights before materialising its adapters"
+                )
+            adapter.to_empty(device=device)
+            adapter.reset_parameters(layer.base_layer)  # type: ignore[operator]
+
+
+# -- details -----------------------------------------------------------------------------------------------------------
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name)
+        or hasattr(nn.ModuleDict(), name)
+    ):
+        raise ConfigError(
+            f"an adapter name is 1 to 64 letters, digits, '_' or '-', and no attribute of nn.ModuleDict such as 'keys', got {name!r}"
+        )
+    if name in adapter_names(model):
+        held = ", ".join(map(repr, adapter_names(model)))
+        raise InjectionError(
+            f"{type(model).__name__} already has an adapter {name!r} (it holds: {held}); give another name=, or delete_adapter(model, {name!r})"
+        )
+
+
+def _overrides(
+    model: nn.Module, method: Method, targets: Sequence[Target], family: ModelFamily
+) -> dict[str, dict[str, Any]]:
+    """Return path to the fields that differ there, from the method's patterns; every pattern must match a target."""
+    overrides: dict[str, dict[str, Any]] = {target.path: {} for target in targets}
+    for field, values in method.patterns().items():
+        for word, value in values.items():
+            hits = [path for path in matches(word, model, family) if path in overrides]
+            if not hits:
+                raise TargetError(
+                    f"{field}_pattern {word!r} matches none of the {len(targets)} adapted places, such as {targets[0].path!r}"
+                )
+            for path in hits:
+                overrides[path].setdefault(field, value)
+    return overrides
+
+
+def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return, by the id of a module, every module that holds it and under which name."""
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            if child is not None:
+                parents.setdefault(id(child), []).append((parent, child_name))
+    return parents
+
+
+def _wrap(module: nn.Module, places: list[tuple[nn.Module, str]]) -> AdapterLayer:
+    layer = AdapterLayer(module)
+    layer.training = module.training
+    _replace(layer, places)
+    return layer
+
+
+def _replace(new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
+    for parent, child_name in places:
+        parent._modules[child_name] = new
+
+
+def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to merge into a parameter that another module uses too."""
+    users: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for key, parameter in unwrapped(module).named_parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(f"{path}.{key}")
+    for path, layer in adapter_layers(model).items():
+        if any(name in layer.adapters for name in names):
+            for key, parameter in layer.base_layer.named_parameters(recurse=False):
+                if len(users[id(parameter)]) > 1:
+                    raise MergeError(
+                        f"{path}.{key} is shared by {', '.join(users[id(parameter)])}: merging the adapter into it would change "
+                        "the others too. Untie the weights first, or keep the adapter active"
+                    )
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    fused = [name for name, parameter in base_parameters(model) if parameter.dim() == 3 and "expert" in name]
+    if fused:
+        warnings.warn(
+            f"'all_linear' adapts linear layers; the experts of this model are {len(fused)} three-dimensional parameters such as "
+            f"{fused[0]!r} and stay frozen",
+            LightningPEFTWarning,
+            stacklevel=3,
+        )

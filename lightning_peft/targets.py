@@ -1,0 +1,352 @@
+r"""From the words a user writes to the modules of a model: roles, globs, regular expressions, layer ranges.
+
+A target is one of
+
+* a **role** of the model's family: ``query key value qkv output gate up down attention mlp block embedding head norm``,
+  or ``all_linear``, which every model has;
+* a **glob** on the module path: ``*.self_attn.q_proj``, or just its end: ``q_proj``;
+* ``re:`` and a **regular expression** that must match the whole module path: ``re:.*\\.[0-3]\\.mlp\\..*``.
+
+Every target must match something. Where a model fuses several projections into one module (GPT-2's ``c_attn``), the
+role of a part (``query``) gives that module together with the slice of its output features.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import nn
+
+from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.errors import ConfigError, TargetError, did_you_mean
+from lightning_peft.interfaces import Slice, Target
+
+Role = Literal[
+    "query", "key", "value", "qkv", "output", "gate", "up", "down",
+    "attention", "mlp", "block", "embedding", "head", "norm", "all_linear",
+]  # fmt: skip
+"""The roles a module can play in a model."""
+
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """How one module computes several roles at once.
+
+    Example:
+        >>> Fused(role="qkv", parts={"query": "num_attention_heads", "key": "num_key_value_heads", "value": 1}).parts["value"]
+        1
+    """
+
+    role: str
+    """The role of the fused module itself."""
+    parts: Mapping[str, int | str]
+    """Role to share of the output features, in order: a number, or the configuration attribute that holds it."""
+    groups: int | str = 1
+    """In how many groups the parts are interleaved: a number, or the configuration attribute that holds it."""
+
+    def slices(self, roles: Sequence[str], features: int, config: object) -> tuple[Slice, ...]:
+        """Return the slices for ``roles`` of a module with ``features`` outputs in a model with ``config``."""
+
+        def number(value: int | str) -> int:
+            found = getattr(config, value, None) if isinstance(value, str) else value
+            if not isinstance(found, int) or found < 1:
+                raise TargetError(
+                    f"the fused role {self.role!r} needs the integer {value!r} of the configuration, found {found!r}"
+                )
+            return found
+
+        groups, shares = number(self.groups), {role: number(share) for role, share in self.parts.items()}
+        width, rest = divmod(features, groups)
+        unit, rest_of_unit = divmod(width, sum(shares.values()))
+        if rest or rest_of_unit:
+            raise TargetError(f"{features} output features do not divide into {groups} groups of parts {shares}")
+        slices, start = [], 0
+        for role, share in shares.items():
+            stop = start + share * unit
+            if role in roles:
+                slices.append(Slice(role=role, groups=groups, width=width, start=start, stop=stop))
+            start = stop
+        return tuple(slices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """Where the roles are in a family of models. Data only.
+
+    Example:
+        >>> family = ModelFamily(name="toy", roles={"query": ("*.attn.q",), "block": ("layers.*",)})
+        >>> family.globs("query")
+        ('*.attn.q',)
+    """
+
+    name: str
+    """The name of the family, such as ``llama``."""
+    model_types: tuple[str, ...] = ()
+    """Values of the ``model_type`` of a transformers configuration that belong to the family."""
+    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Role to globs on the module path. ``*`` stands for any run of characters but a dot in a family's globs."""
+    fused: tuple[Fused, ...] = ()
+    """Modules that play several roles at once."""
+
+    def __post_init__(self) -> None:
+        for role in [*self.roles, *(part for fused in self.fused for part in fused.parts)]:
+            if role not in ROLES:
+                raise ConfigError(f"family {self.name!r} has the unknown role {role!r}; roles are: {', '.join(ROLES)}")
+
+    def globs(self, role: str) -> tuple[str, ...]:
+        """Return the globs of ``role``, empty where the family has no module that plays it alone."""
+        return tuple(self.roles.get(role, ()))
+
+    def fused_for(self, role: str) -> Fused | None:
+        """Return the fused module that plays ``role`` as one of its parts, if any."""
+        return next((fused for fused in self.fused if role in fused.parts), None)
+
+    @property
+    def role_names(self) -> list[str]:
+        """Return all roles that can be targets in this family."""
+        parts = [part for fused in self.fused for part in fused.parts]
+        return [role for role in ROLES if role in self.roles or role in parts or role == "all_linear"]
+
+
+GENERIC = ModelFamily(name="generic")
+"""The family of a model nobody knows: ``all_linear``, globs and regular expressions still work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """Targets with exclusions and a range of layers.
+
+    Example:
+        >>> Targets(include=["query", "value"], layers="-2:")
+        Targets(include=('query', 'value'), exclude=(), layers='-2:')
+    """
+
+    include: Sequence[str]
+    """Roles, globs or ``re:`` expressions to adapt."""
+    exclude: Sequence[str] = ()
+    """Roles, globs or ``re:`` expressions to leave out of what ``include`` matched."""
+    layers: str | Sequence[int] | None = None
+    """Which layers, by the first number in the module path: a list (``[0, -1]``) or a slice (``"4:8"``, ``"-2:"``)."""
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if not self.include:
+            raise ConfigError(f"targets must name at least one role, glob or 're:' expression, got {self.include!r}")
+        for word in (*self.include, *self.exclude):
+            if not isinstance(word, str) or not word:
+                raise ConfigError(f"a target must be a non-empty string, got {word!r}")
+            if word.startswith("re:"):
+                try:
+                    re.compile(word[3:])
+                except re.error as error:
+                    raise ConfigError(f"target {word!r} is not a regular expression: {error}") from error
+        if isinstance(self.layers, str):
+            if not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", self.layers):
+                raise ConfigError(
+                    f"layers must be a list of numbers or a slice such as '4:8' or '-2:', got {self.layers!r}"
+                )
+        elif self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+    @classmethod
+    def of(cls, targets: str | Sequence[str] | Targets) -> Targets:
+        """Return ``targets`` as a :class:`Targets`."""
+        return (
+            targets
+            if isinstance(targets, Targets)
+            else cls(include=(targets,) if isinstance(targets, str) else tuple(targets))
+        )
+
+
+def resolve_targets(
+    model: nn.Module,
+    targets: str | Sequence[str] | Targets,
+    family: ModelFamily = GENERIC,
+    *,
+    supports: Callable[[nn.Module], bool] = lambda module: True,
+    method: str = "the method",
+) -> list[Target]:
+    """Return the places of ``model`` that ``targets`` name, in the order of the model.
+
+    Args:
+        model: any module, with or without adapters; paths are those of the model without adapters.
+        targets: one target, several, or a :class:`Targets` with exclusions and layers.
+        family: what the roles mean in this model.
+        supports: whether a module can be adapted. A role or a pattern with wildcards selects among what it matches by
+            this; a pattern without wildcards must match nothing else.
+        method: who asks, for messages.
+
+    Raises:
+        TargetError: a target matches nothing, or nothing that can be adapted.
+    """
+    spec = Targets.of(targets)
+    search = _Search(model, family, supports, method)
+    found: dict[str, list[tuple[str, tuple[Slice, ...]]]] = {}
+    for word in spec.include:
+        for path, slices in search.find(word).items():
+            found.setdefault(path, []).append((word, slices))
+    excluded = {path for word in spec.exclude for path in search.find(word, whole=True)}
+    kept_layers = _layers(spec.layers, search.modules) if spec.layers is not None else None
+    result = []
+    for path in search.modules:
+        if path not in found or path in excluded:
+            continue
+        if kept_layers is not None and path not in kept_layers:
+            continue
+        hits = found[path]
+        whole = any(not slices for _, slices in hits)
+        union = (
+            () if whole else tuple(sorted({part for _, slices in hits for part in slices}, key=lambda part: part.start))
+        )
+        result.append(Target(path=path, slices=union, rule=hits[0][0]))
+    if not result:
+        raise TargetError(
+            f"{spec} leaves nothing to adapt in {type(model).__name__}: exclude or layers removed every match"
+        )
+    return result
+
+
+def matches(word: str, model: nn.Module, family: ModelFamily) -> set[str]:
+    """Return the paths of all modules that one target matches; an empty set where it matches none."""
+    return set(_Search(model, family, lambda module: True, "")._candidates(word))
+
+
+class _Search:
+    """Looks targets up in one model."""
+
+    def __init__(
+        self, model: nn.Module, family: ModelFamily, supports: Callable[[nn.Module], bool], method: str
+    ) -> None:
+        self.model, self.family, self.supports, self.method = model, family, supports, method
+        self.modules = {path: unwrapped(module) for path, module in base_modules(model) if path}
+        self.config = getattr(model, "config", None)
+
+    def find(self, word: str, *, whole: bool = False) -> dict[str, tuple[Slice, ...]]:
+        """Return path to slices for one target; with ``whole``, as an exclusion: every match, without slices."""
+        matched = self._candidates(word)
+        if not matched:
+            raise TargetError(self._nothing(word))
+        if whole:
+            return dict.fromkeys(matched, ())
+        able = [path for path in matched if self.supports(self.modules[path])]
+        exact = word not in ROLES and not word.startswith("re:") and not any(sign in word for sign in "*?[")
+        if not able or (exact and len(able) < len(matched)):
+            bad = next(path for path in matched if not self.supports(self.modules[path]))
+            raise TargetError(
+                f"target {word!r} matches {bad!r}, a {type(self.modules[bad]).__name__}, which {self.method} cannot adapt; "
+                "name the modules inside it, or another role"
+            )
+        return {path: self._slices(word, path) for path in able}
+
+    def _candidates(self, word: str) -> list[str]:
+        if word in ROLES:
+            return self._by_role(word)
+        if word.startswith("re:"):
+            pattern = re.compile(word[3:])
+            return [path for path in self.modules if pattern.fullmatch(path)]
+        return [path for path in self.modules if fnmatch.fnmatchcase(f".{path}", f"*.{word}") or path == word]
+
+    def _by_role(self, role: str) -> list[str]:
+        if role == "all_linear":
+            return self._all_linear()
+        fused = self.family.fused_for(role)
+        globs = self.family.globs(fused.role if fused and role not in self.family.roles else role)
+        patterns = [_family_glob(glob) for glob in globs]
+        return [path for path in self.modules if any(pattern.fullmatch(path) for pattern in patterns)]
+
+    def _all_linear(self) -> list[str]:
+        heads = set(self._by_role("head")) | {
+            path for path, module in self.modules.items() if module is self._output_embedding()
+        }
+        return [path for path, module in self.modules.items() if is_linear(module) and path not in heads]
+
+    def _output_embedding(self) -> nn.Module | None:
+        getter = getattr(self.model, "get_output_embeddings", None)
+        try:
+            head = getter() if callable(getter) else None
+        except (AttributeError, NotImplementedError):
+            return None
+        return unwrapped(head) if isinstance(head, nn.Module) else None
+
+    def _slices(self, word: str, path: str) -> tuple[Slice, ...]:
+        fused = self.family.fused_for(word)
+        if fused is None or word in self.family.roles:
+            return ()
+        module = self.modules[path]
+        features = getattr(module, "out_features", None) or getattr(module, "nf", None)
+        if not isinstance(features, int):
+            raise TargetError(
+                f"role {word!r} is a slice of {path!r}, whose output width is unknown: {type(module).__name__}"
+            )
+        return fused.slices([word], features, getattr(self.config, "text_config", self.config))
+
+    def _nothing(self, word: str) -> str:
+        last = sorted({path.rsplit(".", 1)[-1] for path in self.modules} - {str(number) for number in range(1000)})
+        hint = did_you_mean(word, [*last, *self.family.role_names]) or "."
+        return (
+            f"target {word!r} matches no module of {type(self.model).__name__}{hint} "
+            f"Roles of family {self.family.name!r}: {', '.join(self.family.role_names)}. "
+            f"Module names: {', '.join(last[:40])}{', ...' if len(last) > 40 else ''}"
+        )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a linear layer: ``nn.Linear`` (quantised ones too) or transformers' ``Conv1D``."""
+    return isinstance(module, nn.Linear) or is_conv1d_linear(module)
+
+
+def is_conv1d_linear(module: nn.Module) -> bool:
+    """Tell whether ``module`` is transformers' ``Conv1D``: a linear layer with weight (in_features, out_features)."""
+    kind = type(module)  # recognised by name, so that this does not import transformers
+    return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in kind.__mro__)
+
+
+def layer_index(path: str) -> int | None:
+    """Return the number of the layer that ``path`` lies in: the first number among its parts.
+
+    Example:
+        >>> layer_index("model.layers.12.mlp.experts.3.w1"), layer_index("lm_head")
+        (12, None)
+    """
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def _layers(layers: str | Sequence[int], paths: Mapping[str, nn.Module]) -> set[str]:
+    """Return the paths that lie in ``layers``, counted from the end where negative."""
+    stacks: dict[
+        str, dict[str, int]
+    ] = {}  # the path before the number -> path -> number, as encoders and decoders differ
+    for path in paths:
+        index = layer_index(path)
+        if index is not None:
+            stacks.setdefault(f".{path}".split(f".{index}", 1)[0], {})[path] = index
+    kept: set[str] = set()
+    for stack in stacks.values():
+        depth = max(stack.values()) + 1
+        if isinstance(layers, str):
+            wanted = set(range(depth)[slice(*(int(part) if part else None for part in layers.split(":")))])
+        else:
+            wanted = {index + depth if index < 0 else index for index in layers}
+        kept |= {path for path, index in stack.items() if index in wanted}
+    if isinstance(layers, tuple):
+        deepest = max((max(stack.values()) + 1 for stack in stacks.values()), default=0)
+        for index in layers:
+            if not -deepest <= index < deepest:
+                raise TargetError(
+                    f"layer {index} was asked for, but the model has {deepest} layers (0 to {deepest - 1})"
+                )
+    return kept
+
+
+def _family_glob(glob: str) -> re.Pattern[str]:
+    """Compile a family's glob: ``*`` within one part of the path, ``**`` across parts, matched from the end."""
+    parts = [".*" if part == "**" else re.escape(part).replace(r"\*", r"[^.]*") for part in glob.split(".")]
+    return re.compile(r"(.*\.)?" + r"\.".join(parts))
