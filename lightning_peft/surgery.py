@@ -492,3 +492,8 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
             LightningPEFTWarning,
             stacklevel=3,
         )
+
+
+def adapted_roots(module: nn.Module) -> list[nn.Module]:
+    """Return every module inside ``module`` (itself included) that :func:`inject` was called on and that holds adapters."""
+    return [inner for inner in module.modules() if inner.__dict__.get(_RECORDS)]

@@ -1,0 +1,79 @@
+"""Where the base model comes from: objects that load it when the Trainer asks, not before.
+
+A loader is a frozen dataclass, so it can stand in a YAML file, be validated at once and load late, on every rank.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_peft.errors import ConfigError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ModelLoader(ABC):
+    """Loads a base model. A subclass is a ``@dataclass(frozen=True, kw_only=True)``."""
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """Return the base model, freshly loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMLoader(ModelLoader):
+    """A causal language model of transformers, from a local folder or a hub id.
+
+    Example:
+        >>> CausalLMLoader(path="my-folder", dtype="float16").gradient_checkpointing
+        False
+    """
+
+    path: str
+    """Local folder, or id on the Hugging Face hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; ``auto`` is that of the checkpoint."""
+    attn_implementation: str | None = None
+    """Attention: ``sdpa``, ``eager``, ``flash_attention_2``; transformers' choice if None."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about a third more time."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that the hub repository brings along. Only for repositories you trust."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError(f"CausalLMLoader path must be a folder or a hub id, got {self.path!r}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"CausalLMLoader dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+
+    @override
+    def load(self) -> nn.Module:
+        """Return the model in train mode, so that its dropout is active when it is trained.
+
+        Raises:
+            ConfigError: nothing can be loaded from ``path``.
+        """
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        if self.revision is not None:
+            options["revision"] = self.revision
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(self.path, **options)
+        except OSError as error:
+            raise ConfigError(f"no causal language model could be loaded from {self.path!r}: {error}") from error
+        if self.gradient_checkpointing:
+            # The non-reentrant kind also works when the inputs of a block need no gradient, as over a frozen base.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.config.use_cache = False
+        loaded: nn.Module = model.train()
+        return loaded

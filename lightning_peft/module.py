@@ -1,0 +1,293 @@
+"""The LightningModule around an adapted model: load, adapt, train, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.aggregation import MeanMetric
+from typing_extensions import override
+
+from lightning_peft.callbacks.resources import ResourceMonitor
+from lightning_peft.errors import ConfigError
+from lightning_peft.interfaces import Method
+from lightning_peft.loaders import ModelLoader
+from lightning_peft.mixin import PEFTMixin
+from lightning_peft.state import load_adapter
+from lightning_peft.surgery import inject
+from lightning_peft.targets import Targets
+
+IGNORED = -100
+"""Label of a token that is not predicted, as in transformers."""
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+class MeanPerplexity(MeanMetric):
+    """The exponential of the mean loss."""
+
+    @override
+    def compute(self) -> Tensor:
+        """Return exp(mean loss a token)."""
+        return torch.exp(super().compute())
+
+
+class PEFTModule(PEFTMixin, LightningModule):
+    """Adapts a pretrained model and trains the adapter. Checkpoints hold the adapter, never the base.
+
+    Nothing is loaded before the Trainer calls ``configure_model``. A batch may be
+
+    * a **dict**: handed to the model as keyword arguments, as transformers' models expect;
+    * a **tuple** ``(*inputs, target)``: the inputs are handed over, the target goes to ``loss``;
+    * a **tensor** of token ids: input and labels of a causal language model.
+
+    Args:
+        base: the model to adapt, or a loader for it.
+        method: the adaptation method.
+        targets: what to adapt: roles, globs, ``re:`` expressions or :class:`Targets`; the method's default if None.
+        adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out.
+        name: name of the adapter in the model.
+        optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
+        lr_scheduler: makes the learning-rate scheduler from the optimizer.
+        lr_interval: whether the scheduler advances every ``step`` or every ``epoch``.
+        loss: called as ``loss(outputs, target)`` with what the model returned and the last element of a tuple batch, the
+            ``labels`` of a dict batch, or a tensor batch itself. If None, the model must return its own loss.
+
+    Raises:
+        ConfigError: neither or both of ``method`` and ``adapter`` are given.
+
+    Example:
+        >>> from lightning_peft import LoRA
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> module = PEFTModule(net, LoRA(rank=2), loss=torch.nn.functional.cross_entropy)
+        >>> module.configure_model()
+        >>> sorted({key.split(".")[-1] for key in module.state_dict()})
+        ['lora_A', 'lora_B']
+    """
+
+    model: nn.Module | None
+
+    def __init__(
+        self,
+        base: nn.Module | ModelLoader,
+        method: Method | None = None,
+        targets: str | list[str] | Targets | None = None,
+        *,
+        adapter: str | None = None,
+        name: str = "default",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: str = "step",
+        loss: Loss | None = None,
+    ) -> None:
+        super().__init__()
+        if (method is None) == (adapter is None):
+            raise ConfigError(f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}")
+        if adapter is not None and targets is not None:
+            raise ConfigError(f"an adapter folder brings its own places; leave out targets={targets!r}")
+        if lr_interval not in ("step", "epoch"):
+            raise ConfigError(f"lr_interval must be 'step' or 'epoch', got {lr_interval!r}")
+        if not isinstance(base, (nn.Module, ModelLoader)):
+            raise ConfigError(f"base must be a model or a ModelLoader such as CausalLMLoader(path=...), got {base!r}")
+        self._save_plain_hyperparameters(method, targets, adapter)
+        self.model = None
+        # Not an attribute of the usual kind, which would register a model a second time.
+        self.__dict__["_base"] = base
+        self.method, self.targets, self.adapter, self.adapter_name = method, targets, adapter, name
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.loss = loss
+        self.metrics = nn.ModuleDict()
+
+    def _save_plain_hyperparameters(self, method: Method | None, targets: Any, adapter: str | None) -> None:
+        from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+
+        if _given_hyperparameters.get() is not None:  # the parsed configuration, plain values: made by LightningCLI
+            self.save_hyperparameters()
+            return
+        # Objects in a checkpoint could not be loaded again with weights_only=True.
+        plain = {"method": method.name, **method.to_config()} if method else {"adapter": adapter}
+        self.save_hyperparameters({"peft": {**plain, "targets": repr(targets)}})
+
+    # -- the model -------------------------------------------------------------------------------------------------
+
+    @override
+    def configure_model(self) -> None:
+        """Load the base and adapt it, once."""
+        if self.model is not None:
+            return
+        base = self.__dict__["_base"]
+        model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
+        if self.adapter is not None:
+            load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
+        else:
+            assert self.method is not None
+            inject(model, self.method, self.targets, name=self.adapter_name)
+        # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
+        self.model = model.train()
+
+    @override
+    def train(self, mode: bool = True) -> PEFTModule:
+        """Set the mode; batch normalisation with frozen weights stays in eval mode, so that its statistics do too."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.training = False
+        return self
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the adapted model."""
+        if self.model is None:
+            raise ConfigError("the model is loaded in configure_model, which the Trainer calls; call it yourself before forward")
+        return self.model(*args, **kwargs)
+
+    def predict_outputs(self, batch: Any) -> Any:
+        """Call the model on a batch of any of the three kinds."""
+        if isinstance(batch, Mapping):
+            own_loss = self.loss is not None
+            return self(**{key: value for key, value in batch.items() if not (own_loss and key == "labels")})
+        if isinstance(batch, (tuple, list)):
+            return self(*(batch[:-1] if len(batch) > 1 else batch))
+        if self.loss is None:
+            return self(input_ids=batch, labels=batch)
+        return self(batch)
+
+    def compute_loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of a batch: the one given, or the model's own."""
+        if self.loss is not None:
+            return self.loss(outputs, _target(batch))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(loss, Tensor):
+            raise ConfigError(
+                f"{type(self.model).__name__} returned {type(outputs).__name__} without a loss; put 'labels' into the batch, or give "
+                "PEFTModule(loss=...)"
+            )
+        return loss
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch and log it as ``train_loss``."""
+        loss = self.compute_loss(self.predict_outputs(batch), batch)
+        self.log("train_loss", loss, prog_bar=True, batch_size=_rows(batch))
+        return loss
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a batch: ``val_loss``, and ``val_perplexity`` and ``val_token_accuracy`` where there are tokens."""
+        self._measure("val", batch, dataloader_idx)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a batch: ``test_loss``, and ``test_perplexity`` and ``test_token_accuracy`` where there are tokens."""
+        self._measure("test", batch, dataloader_idx)
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return the logits of a batch, or whatever the model returns where there are none."""
+        outputs = self.predict_outputs(batch)
+        logits = getattr(outputs, "logits", None)
+        return outputs if logits is None else logits
+
+    def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
+        outputs = self.predict_outputs(batch)
+        loss = self.compute_loss(outputs, batch).detach()
+        labels = _labels(batch) if self.loss is None else None
+        count = int((labels[:, 1:] != IGNORED).sum()) if labels is not None else _rows(batch)
+        if count == 0:
+            return
+        metrics = self._metrics_for(stage, dataloader_idx, with_tokens=labels is not None)
+        metrics["loss"].update(loss, weight=count)
+        if labels is not None:
+            metrics["perplexity"].update(loss, weight=count)
+            predicted, wanted = outputs.logits[:, -labels.shape[1] :][:, :-1].argmax(-1), labels[:, 1:]  # (batch, seq - 1)
+            right = ((predicted == wanted) & (wanted != IGNORED)).sum() / count
+            metrics["token_accuracy"].update(right, weight=count)
+
+    def _metrics_for(self, stage: str, dataloader_idx: int, *, with_tokens: bool) -> Mapping[str, Metric]:
+        key = f"{stage}-{dataloader_idx}"
+        if key not in self.metrics:
+            made: dict[str, Metric] = {"loss": MeanMetric()}
+            if with_tokens:
+                made |= {"perplexity": MeanPerplexity(), "token_accuracy": MeanMetric()}
+            self.metrics[key] = MetricCollection(made, compute_groups=False).to(self.device)  # type: ignore[arg-type]
+        return self.metrics[key]  # type: ignore[return-value]
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured, once for each data set by name and under the plain names for the first."""
+        self._log_metrics("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured, once for each data set by name and under the plain names for the first."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        names = list(getattr(getattr(self.trainer, "datamodule", None), f"{stage}_names", ()))
+        kept = [key for key in self.metrics if key.startswith(f"{stage}-")]
+        for key in kept:
+            index = int(key.rsplit("-", 1)[1])
+            values = self.metrics[key].compute()  # type: ignore[operator]
+            for metric, value in values.items():
+                if index == 0:
+                    self.log(f"{stage}_{metric}", value, prog_bar=metric == "loss")
+                if len(kept) > 1:
+                    self.log(f"{stage}_{metric}/{names[index] if index < len(names) else index}", value)
+            self.metrics[key].reset()  # type: ignore[operator]
+
+    # -- optimisation ----------------------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizer over the trained parameters only; biases and other vectors are not decayed."""
+        optimizer = self.optimizer(parameter_groups(self.parameters()))  # type: ignore[arg-type]
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}  # type: ignore[return-value, typeddict-item]
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        """Add a :class:`ResourceMonitor` (tokens a second, peak memory), unless the Trainer has one."""
+        present: Iterable[Callback] = getattr(self.trainer, "callbacks", [])
+        return [] if any(isinstance(callback, ResourceMonitor) for callback in present) else [ResourceMonitor()]
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Return the trained parameters as optimizer groups: matrices, and vectors without weight decay.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("no parameter is trained; is the adapter active and trainable?")
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
+    return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups
+
+
+def _target(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return batch.get("labels", batch)
+    return batch[-1] if isinstance(batch, (tuple, list)) else batch
+
+
+def _labels(batch: Any) -> Tensor | None:
+    """Return the token labels (batch, seq) of a language-model batch, or None."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else None
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+
+
+def _rows(batch: Any) -> int:
+    """Return the number of rows in a batch."""
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
+    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 1)
