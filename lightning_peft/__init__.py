@@ -47,13 +47,13 @@ _HOME = {
     "inject": "surgery",
     "load_adapter": "state",
     "materialize_adapters": "surgery",
-    "merge_adapters": "surgery",
+    "merge_adapters": "merging",
     "resolve_targets": "targets",
     "save_adapter": "state",
     "set_active_adapters": "surgery",
-    "trainable_summary": "surgery",
+    "trainable_summary": "summary",
     "unload_adapters": "surgery",
-    "unmerge_adapters": "surgery",
+    "unmerge_adapters": "merging",
 }
 
 __all__ = sorted(_HOME)

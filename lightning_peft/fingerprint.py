@@ -61,7 +61,8 @@ def fingerprint(model: nn.Module) -> Fingerprint | None:
         by_device.setdefault(sample.device, []).append(index)
     for indices in by_device.values():  # one transfer a device, not one a parameter
         joined = torch.cat([samples[index] for index in indices]).cpu()
-        for index, part in zip(indices, joined.split([samples[index].numel() for index in indices]), strict=True):
+        sizes = [samples[index].numel() for index in indices]
+        for index, part in zip(indices, torch.split(joined, sizes), strict=True):
             samples[index] = part
     return Fingerprint(
         {

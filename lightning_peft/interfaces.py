@@ -58,7 +58,7 @@ class Slice:
 
     def view(self, output: Tensor) -> Tensor:
         """Return the slice of ``output`` (..., groups * width) as a view (..., groups, stop - start)."""
-        return output.unflatten(-1, (self.groups, self.width))[..., self.start : self.stop]
+        return torch.unflatten(output, -1, (self.groups, self.width))[..., self.start : self.stop]
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,23 @@ class PEFTMixin(_Host):
                 "adapters are compared strictly in on_load_checkpoint"
             )
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
         """Return the state without the frozen base of adapted models."""
         if args or destination is not None:  # a nested call, of a module around this one
-            nested: dict[str, Any] = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+            nested: dict[str, Any] = super().state_dict(
+                *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+            )
             return nested
         state: dict[str, Any] = super().state_dict(prefix=prefix, keep_vars=True)
         base = {id(tensor) for root in adapted_roots(self) for tensor in _base_tensors(root)}
         kept = {key: value for key, value in state.items() if id(value) not in base}
-        return kept if keep_vars else {key: value.detach() if isinstance(value, Tensor) else value for key, value in kept.items()}
+        return (
+            kept
+            if keep_vars
+            else {key: value.detach() if isinstance(value, Tensor) else value for key, value in kept.items()}
+        )
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return the whole state, the frozen base included."""
@@ -102,11 +110,15 @@ class PEFTMixin(_Host):
                 f"the checkpoint has no {MANIFEST!r} entry, so it was not saved by a module with adapters; it holds {sorted(checkpoint)}"
             )
         if manifest.get("version") != _VERSION:
-            raise CheckpointMismatchError(f"the checkpoint has manifest version {manifest.get('version')!r}; this version reads {_VERSION}")
+            raise CheckpointMismatchError(
+                f"the checkpoint has manifest version {manifest.get('version')!r}; this version reads {_VERSION}"
+            )
         _compare_adapters(manifest["adapters"], self._adapters())
         _compare_tensors(manifest["tensors"], self._shapes(), "the module")
         if "state_dict" in checkpoint:
-            stored = {key: list(value.shape) for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+            stored = {
+                key: list(value.shape) for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)
+            }
             _compare_tensors(manifest["tensors"], stored, "the checkpoint's own state_dict")
         for path, root in self._roots().items():
             _compare_base(manifest["base"].get(path) or {}, root)
@@ -144,7 +156,11 @@ class PEFTMixin(_Host):
 
     def _adapters(self) -> dict[str, dict[str, Any]]:
         return {
-            f"{path}:{name}": {"method": injection.method.name, "fields": injection.method.to_config(), "places": injection.paths}
+            f"{path}:{name}": {
+                "method": injection.method.name,
+                "fields": injection.method.to_config(),
+                "places": injection.paths,
+            }
             for path, root in self._roots().items()
             for name, injection in records(root).items()
         }
@@ -161,7 +177,9 @@ def _base_tensors(root: nn.Module) -> list[Tensor]:
 
 def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     if stored.keys() != here.keys():
-        raise CheckpointMismatchError(f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}")
+        raise CheckpointMismatchError(
+            f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
+        )
     for name, held in stored.items():
         for label in ("method", "fields", "places"):
             if held[label] != here[name][label]:
@@ -181,7 +199,11 @@ def _first_difference(stored: Any, here: Any) -> str:
 
 def _compare_tensors(stored: Mapping[str, Any], here: Mapping[str, Any], whose: str) -> None:
     missing, extra = sorted(stored.keys() - here.keys()), sorted(here.keys() - stored.keys())
-    shapes = [f"{key} {stored[key]} and {here[key]}" for key in sorted(stored.keys() & here.keys()) if stored[key] != here[key]]
+    shapes = [
+        f"{key} {stored[key]} and {here[key]}"
+        for key in sorted(stored.keys() & here.keys())
+        if stored[key] != here[key]
+    ]
     if missing or extra or shapes:
         raise CheckpointMismatchError(
             f"the tensors listed in the checkpoint and those of {whose} are not the same. Only listed: {missing[:5]} ({len(missing)}); "
@@ -209,7 +231,13 @@ def _rng_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            kind,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -88,7 +88,9 @@ class PEFTModule(PEFTMixin, LightningModule):
     ) -> None:
         super().__init__()
         if (method is None) == (adapter is None):
-            raise ConfigError(f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}")
+            raise ConfigError(
+                f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}"
+            )
         if adapter is not None and targets is not None:
             raise ConfigError(f"an adapter folder brings its own places; leave out targets={targets!r}")
         if lr_interval not in ("step", "epoch"):
@@ -136,7 +138,9 @@ class PEFTModule(PEFTMixin, LightningModule):
         """Set the mode; batch normalisation with frozen weights stays in eval mode, so that its statistics do too."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+                p.requires_grad for p in module.parameters()
+            ):
                 module.training = False
         return self
 
@@ -144,7 +148,9 @@ class PEFTModule(PEFTMixin, LightningModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the adapted model."""
         if self.model is None:
-            raise ConfigError("the model is loaded in configure_model, which the Trainer calls; call it yourself before forward")
+            raise ConfigError(
+                "the model is loaded in configure_model, which the Trainer calls; call it yourself before forward"
+            )
         return self.model(*args, **kwargs)
 
     def predict_outputs(self, batch: Any) -> Any:
@@ -207,7 +213,10 @@ class PEFTModule(PEFTMixin, LightningModule):
         metrics["loss"].update(loss, weight=count)
         if labels is not None:
             metrics["perplexity"].update(loss, weight=count)
-            predicted, wanted = outputs.logits[:, -labels.shape[1] :][:, :-1].argmax(-1), labels[:, 1:]  # (batch, seq - 1)
+            predicted, wanted = (
+                outputs.logits[:, -labels.shape[1] :][:, :-1].argmax(-1),
+                labels[:, 1:],
+            )  # (batch, seq - 1)
             right = ((predicted == wanted) & (wanted != IGNORED)).sum() / count
             metrics["token_accuracy"].update(right, weight=count)
 
@@ -248,11 +257,11 @@ class PEFTModule(PEFTMixin, LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over the trained parameters only; biases and other vectors are not decayed."""
-        optimizer = self.optimizer(parameter_groups(self.parameters()))  # type: ignore[arg-type]
+        optimizer = self.optimizer(parameter_groups(self.parameters()))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}  # type: ignore[return-value, typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
 
     @override
     def configure_callbacks(self) -> list[Callback]:

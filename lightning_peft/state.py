@@ -1,30 +1,32 @@
-"""Adapters on disk: what is saved, and a strict way back.
-
-A folder holds three files. ``adapter_model.safetensors`` and ``adapter_config.json`` are HF PEFT's, wherever HF PEFT knows
-the method. ``lightning_peft.json`` is ours: the method with all its fields, its places, the fingerprint of the base
-and a hash of the other two files. It is written last, so a folder torn by a crash is refused, not misread.
-"""
+"""Adapters between a model and a folder: what is saved, and a strict way back."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lightning_peft import fingerprint as fp
+from lightning_peft.adapter_files import (
+    FORMAT_VERSION,
+    HF_CONFIG,
+    HF_PREFIX,
+    OWN_CONFIG,
+    WEIGHTS,
+    AdapterFolder,
+    read_adapter,
+    to_json_bytes,
+    write_file,
+)
 from lightning_peft.adapter_layer import (
     adapter_layers,
     adapter_names,
@@ -40,16 +42,11 @@ from lightning_peft.errors import (
     BaseMismatchError,
     InjectionError,
     LightningPEFTError,
-    UnknownNameError,
 )
-from lightning_peft.interfaces import Method, Slice, Target
+from lightning_peft.interfaces import Slice, Target
 from lightning_peft.registry import get_registry
 from lightning_peft.surgery import Injection, active_adapters, delete_adapter, inject_at, record, set_active_adapters
 
-WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
-FORMAT_VERSION = 1
-HF_PREFIX = "base_model.model."
-"""What HF PEFT puts before the path of a module in the keys of an adapter file."""
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -103,7 +100,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     }
     files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
     if injection.method.peft_type:
-        files[HF_CONFIG] = _json(_hf_config(model, injection, name))
+        files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
     own = {
         "format_version": FORMAT_VERSION,
         "method": {"name": injection.method.name, "fields": injection.method.to_config()},
@@ -119,8 +116,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
         },
     }
-    for file, content in {**files, OWN_CONFIG: _json(own)}.items():
-        _write(folder / file, content)
+    for file, content in {**files, OWN_CONFIG: to_json_bytes(own)}.items():
+        write_file(folder / file, content)
     return folder
 
 
@@ -153,104 +150,7 @@ def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
     return sorted(ends) if named == chosen else sorted(chosen)
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """What an adapter folder holds, read and checked, but in no model yet."""
-
-    path: Path
-    """The folder."""
-    method: Method
-    """The method, rebuilt from its fields."""
-    tensors: Mapping[str, Tensor]
-    """The tensors by ``<module path>.<tensor>``."""
-    own: Mapping[str, Any] | None
-    """The content of ``lightning_peft.json``; None for a folder written by HF PEFT."""
-    hf: Mapping[str, Any] | None
-    """The content of ``adapter_config.json``; None for a method that HF PEFT does not know."""
-
-    @property
-    def base_name_or_path(self) -> str | None:
-        """The base model the adapter was trained on, as it was called then."""
-        own = (self.own or {}).get("base") or {}
-        name = own.get("name_or_path") or (self.hf or {}).get("base_model_name_or_path")
-        return str(name) if name else None
-
-
-def read_adapter(path: str | Path) -> AdapterFolder:
-    """Read an adapter folder, ours or HF PEFT's. Nothing is unpickled and no class named in a file is imported.
-
-    Raises:
-        AdapterFileError: a file is missing or cannot be read, or was changed since the folder was written.
-        AdapterConfigError: the configuration names an unknown method, field or value.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise AdapterFileError(
-            f"{str(folder)!r} is not a folder; an adapter folder holds {HF_CONFIG} or {OWN_CONFIG}, and {WEIGHTS}"
-        )
-    own = _read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
-    hf = _read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
-    if own is None and hf is None:
-        raise AdapterFileError(
-            f"{str(folder)!r} has neither {OWN_CONFIG} nor {HF_CONFIG}: it holds {sorted(p.name for p in folder.iterdir())[:10]}"
-        )
-    if not (folder / WEIGHTS).is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which is never loaded; convert it to safetensors)"
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise AdapterFileError(f"{str(folder)!r} has no {WEIGHTS}{pickled}")
-    content = (folder / WEIGHTS).read_bytes()
-    if own is not None:
-        _verify(folder, own, content)
-    try:
-        stored = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
-    method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
-    return AdapterFolder(path=folder, method=method, tensors=_unprefixed(folder, stored, method), own=own, hf=hf)
 
 
 def load_adapter(
@@ -312,63 +212,6 @@ def _unchanged_on_error(model: nn.Module, name: str) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
-
-
-def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:
-    if own.get("format_version") != FORMAT_VERSION:
-        raise AdapterConfigError(
-            f"{str(folder / OWN_CONFIG)!r} has format_version {own.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
-    for file, expected in dict(own.get("files") or {}).items():
-        if file not in (WEIGHTS, HF_CONFIG):
-            raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r} vouches for an unknown file {file!r}")
-        content = weights if file == WEIGHTS else (folder / file).read_bytes() if (folder / file).is_file() else b""
-        if hashlib.sha256(content).hexdigest() != expected:
-            raise AdapterFileError(
-                f"{str(folder / file)!r} is not the file that {OWN_CONFIG} was written for: the folder was changed, or a write was cut "
-                f"off. Restore it, or delete {OWN_CONFIG} to read it as a plain HF PEFT folder"
-            )
-
-
-def _own_method(folder: Path, own: Mapping[str, Any]) -> Method:
-    described = own.get("method")
-    if (
-        not isinstance(described, dict)
-        or not isinstance(described.get("name"), str)
-        or not isinstance(described.get("fields"), dict)
-    ):
-        raise AdapterConfigError(
-            f"{str(folder / OWN_CONFIG)!r} needs 'method' with 'name' and 'fields', found {described!r}"
-        )
-    try:
-        method: Method = get_registry().method(described["name"]).from_config(described["fields"])
-    except UnknownNameError as error:
-        raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise AdapterConfigError(
-            f"{str(folder / OWN_CONFIG)!r}: the fields of {described['name']!r} are wrong: {error}"
-        ) from error
-    return method
-
-
-def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
-    try:
-        peft_type = hf.get("peft_type")
-        if not isinstance(peft_type, str):
-            raise AdapterConfigError(f"'peft_type' must be a string such as 'LORA', found {peft_type!r}")
-        return get_registry().method_for_peft_type(peft_type).from_hf_config(hf)
-    except (AdapterConfigError, UnknownNameError) as error:
-        raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
-
-
-def _unprefixed(folder: Path, stored: Mapping[str, Tensor], method: Method) -> dict[str, Tensor]:
-    prefix = HF_PREFIX if method.peft_type else ""
-    for key in stored:
-        if not key.startswith(prefix):
-            raise AdapterMismatchError(
-                f"{str(folder / WEIGHTS)!r} has the key {key!r}, which does not start with {prefix!r}"
-            )
-    return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
 
 def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
@@ -482,23 +325,8 @@ def _in_layer(name: str) -> str:
     return f"{place}.base_layer.{parameter}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object; duplicate keys, NaN and anything but an object are errors."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key!r} stands twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not a number")
-
+def _version(distribution: str) -> str | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{str(path)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterFileError(f"{str(path)!r} must hold a JSON object, found {type(value).__name__}")
-    return value
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

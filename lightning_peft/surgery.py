@@ -58,26 +58,6 @@ class Injection:
         return [target.path for target in self.targets]
 
 
-@dataclass(frozen=True)
-class TrainableSummary:
-    """How much of a model is trained."""
-
-    trainable: int
-    """Parameters that are trained."""
-    total: int
-    """All parameters, adapters included."""
-    layers: int
-    """Places that are adapted."""
-
-    @property
-    def percent(self) -> float:
-        """Share of the parameters that are trained, in percent."""
-        return 100.0 * self.trainable / max(1, self.total)
-
-    def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3f} %), at {self.layers} places"
-
-
 def inject(
     model: nn.Module,
     method: Method,
@@ -114,20 +94,17 @@ def inject(
     _check_name(model, name)
     if not isinstance(method, Method):
         raise ConfigError(f"inject needs an instance of a Method such as LoRA(rank=8), got {method!r}")
-    if isinstance(family, str):
-        family = get_registry().get("model family", family)
-    if family is None:
-        family = get_registry().resolve_family(model)
+    known = _family(model, family)
     chosen = resolve_targets(
         model,
         method.default_targets if targets is None else targets,
-        family,
+        known,
         supports=method.supports,
         method=type(method).__name__,
     )
     if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
         _warn_of_fused_experts(model)
-    return _put(model, Injection(method=method, targets=tuple(chosen), family=family.name), family, name, trainable)
+    return _put(model, Injection(method=method, targets=tuple(chosen), family=known.name), known, name, trainable)
 
 
 def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: bool = True) -> Injection:
@@ -279,71 +256,6 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
             layer.merge(names)
 
 
-def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -> None:
-    """Fold adapters into the weights of the base, in place; :func:`unmerge_adapters` restores the base bit for bit.
-
-    Args:
-        model: an adapted model.
-        names: adapters to merge; the active ones if None.
-
-    Raises:
-        AdapterNotFoundError: the model has none of them.
-        MergeError: one is merged already, its method cannot merge, a weight is shared with a module that is not
-            adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
-    """
-    names = [names] if isinstance(names, str) else list(active_adapters(model) if names is None else names)
-    if not names:
-        names = ["default"]
-    for name in names:
-        adapters_named(model, name)
-        held = records(model).get(name)
-        if held is not None and not held.method.mergeable:
-            raise MergeError(
-                f"adapter {name!r} is a {held.method.name!r} adapter, a method that cannot be merged into the base"
-            )
-    _refuse_shared(model, names)
-    done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
-    try:
-        for layer in adapter_layers(model).values():
-            before = layer.merged
-            layer.merge(names)
-            done.append((layer, before))
-    except BaseException:
-        for layer, before in done:
-            layer.unmerge()
-            layer.merge(before)
-        raise
-
-
-def unmerge_adapters(model: nn.Module) -> None:
-    """Take all merged adapters out of the weights again: the base is bit for bit what it was.
-
-    Raises:
-        MergeError: no adapter is merged.
-    """
-    layers = [layer for layer in adapter_layers(model).values() if layer.merged]
-    if not layers:
-        raise MergeError(f"{type(model).__name__} has no merged adapter to unmerge")
-    for layer in layers:
-        layer.unmerge()
-
-
-@contextlib.contextmanager
-def adapters_merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Have every active adapter merged into the base for the time of a ``with`` block."""
-    before = {path: layer.merged for path, layer in adapter_layers(model).items()}
-    waiting = [name for name in active_adapters(model) if not all(name in merged for merged in before.values())]
-    if waiting:
-        merge_adapters(model, waiting)
-    try:
-        yield model
-    finally:
-        if waiting:
-            for path, layer in adapter_layers(model).items():
-                layer.unmerge()
-                layer.merge(before[path])
-
-
 @contextlib.contextmanager
 def adapters_taken_out(model: nn.Module) -> Iterator[nn.Module]:
     """Have the bare base, with what is merged into it, in the places of adapter layers for the time of a ``with`` block."""
@@ -376,16 +288,6 @@ def unload_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def trainable_summary(model: nn.Module) -> TrainableSummary:
-    """Count the parameters of ``model`` and those of them that are trained. Shared parameters count once."""
-    parameters = list(model.parameters())
-    return TrainableSummary(
-        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        total=sum(parameter.numel() for parameter in parameters),
-        layers=len(adapter_layers(model)),
-    )
-
-
 def materialize_adapters(model: nn.Module) -> None:
     """Give adapters that were injected on the meta device real tensors, on the device of their base, and initial values.
 
@@ -410,6 +312,14 @@ def materialize_adapters(model: nn.Module) -> None:
 
 
 # -- details -----------------------------------------------------------------------------------------------------------
+
+
+def _family(model: nn.Module, family: ModelFamily | str | None) -> ModelFamily:
+    if isinstance(family, ModelFamily):
+        return family
+    registry = get_registry()
+    named: ModelFamily = registry.resolve_family(model) if family is None else registry.get("model family", family)
+    return named
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -465,22 +375,6 @@ def _wrap(module: nn.Module, places: list[tuple[nn.Module, str]]) -> AdapterLaye
 def _replace(new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
     for parent, child_name in places:
         parent._modules[child_name] = new
-
-
-def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse to merge into a parameter that another module uses too."""
-    users: dict[int, list[str]] = {}
-    for path, module in base_modules(model):
-        for key, parameter in unwrapped(module).named_parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(f"{path}.{key}")
-    for path, layer in adapter_layers(model).items():
-        if any(name in layer.adapters for name in names):
-            for key, parameter in layer.base_layer.named_parameters(recurse=False):
-                if len(users[id(parameter)]) > 1:
-                    raise MergeError(
-                        f"{path}.{key} is shared by {', '.join(users[id(parameter)])}: merging the adapter into it would change "
-                        "the others too. Untie the weights first, or keep the adapter active"
-                    )
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:

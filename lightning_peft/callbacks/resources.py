@@ -38,15 +38,20 @@ class ResourceMonitor(Callback):
         self._started = time.perf_counter()
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Count the batch, and log when it is time to."""
         self._seconds += time.perf_counter() - self._started
         self._unit, count = _size(batch)
         self._count += count
-        if (trainer.global_step % max(1, trainer.log_every_n_steps)) or not self._seconds:
+        if (trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 1))) or not self._seconds:
             return
         pl_module.log_dict(
-            {f"{self._unit}_per_second": self._count / self._seconds, "peak_memory_mb": peak_memory_mb(pl_module.device)},
+            {
+                f"{self._unit}_per_second": self._count / self._seconds,
+                "peak_memory_mb": peak_memory_mb(pl_module.device),
+            },
             batch_size=1,
         )
         self._count, self._seconds = 0, 0.0

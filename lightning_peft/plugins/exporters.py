@@ -13,8 +13,9 @@ from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.errors import MergeError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
+from lightning_peft.merging import adapters_merged
 from lightning_peft.state import save_adapter
-from lightning_peft.surgery import adapters_merged, adapters_taken_out
+from lightning_peft.surgery import adapters_taken_out
 
 
 @dataclass(frozen=True, kw_only=True)

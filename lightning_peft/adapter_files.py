@@ -1,0 +1,201 @@
+"""The files of an adapter folder: written atomically, read strictly.
+
+A folder holds three files. ``adapter_model.safetensors`` and ``adapter_config.json`` are HF PEFT's, wherever HF PEFT knows
+the method. ``lightning_peft.json`` is ours: the method with all its fields, its places, the fingerprint of the base
+and a hash of the other two files. It is written last, so a folder torn by a crash is refused, not misread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from lightning_peft.errors import AdapterConfigError, AdapterFileError, AdapterMismatchError, UnknownNameError
+from lightning_peft.interfaces import Method
+from lightning_peft.registry import get_registry
+
+WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+FORMAT_VERSION = 1
+HF_PREFIX = "base_model.model."
+"""What HF PEFT puts before the path of a module in the keys of an adapter file."""
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What an adapter folder holds, read and checked, but in no model yet."""
+
+    path: Path
+    """The folder."""
+    method: Method
+    """The method, rebuilt from its fields."""
+    tensors: Mapping[str, Tensor]
+    """The tensors by ``<module path>.<tensor>``."""
+    own: Mapping[str, Any] | None
+    """The content of ``lightning_peft.json``; None for a folder written by HF PEFT."""
+    hf: Mapping[str, Any] | None
+    """The content of ``adapter_config.json``; None for a method that HF PEFT does not know."""
+
+    @property
+    def base_name_or_path(self) -> str | None:
+        """The base model the adapter was trained on, as it was called then."""
+        own = (self.own or {}).get("base") or {}
+        name = own.get("name_or_path") or (self.hf or {}).get("base_model_name_or_path")
+        return str(name) if name else None
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read an adapter folder, ours or HF PEFT's. Nothing is unpickled and no class named in a file is imported.
+
+    Raises:
+        AdapterFileError: a file is missing or cannot be read, or was changed since the folder was written.
+        AdapterConfigError: the configuration names an unknown method, field or value.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterFileError(
+            f"{str(folder)!r} is not a folder; an adapter folder holds {HF_CONFIG} or {OWN_CONFIG}, and {WEIGHTS}"
+        )
+    own = _read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
+    hf = _read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
+    if own is None and hf is None:
+        raise AdapterFileError(
+            f"{str(folder)!r} has neither {OWN_CONFIG} nor {HF_CONFIG}: it holds {sorted(p.name for p in folder.iterdir())[:10]}"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            " (adapter_model.bin is a pickle, which is never loaded; convert it to safetensors)"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise AdapterFileError(f"{str(folder)!r} has no {WEIGHTS}{pickled}")
+    content = (folder / WEIGHTS).read_bytes()
+    if own is not None:
+        _verify(folder, own, content)
+    try:
+        stored = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
+    method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
+    return AdapterFolder(path=folder, method=method, tensors=_unprefixed(folder, stored, method), own=own, hf=hf)
+
+
+def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:
+    if own.get("format_version") != FORMAT_VERSION:
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r} has format_version {own.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
+    for file, expected in dict(own.get("files") or {}).items():
+        if file not in (WEIGHTS, HF_CONFIG):
+            raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r} vouches for an unknown file {file!r}")
+        content = weights if file == WEIGHTS else (folder / file).read_bytes() if (folder / file).is_file() else b""
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise AdapterFileError(
+                f"{str(folder / file)!r} is not the file that {OWN_CONFIG} was written for: the folder was changed, or a write was cut "
+                f"off. Restore it, or delete {OWN_CONFIG} to read it as a plain HF PEFT folder"
+            )
+
+
+def _own_method(folder: Path, own: Mapping[str, Any]) -> Method:
+    described = own.get("method")
+    if (
+        not isinstance(described, dict)
+        or not isinstance(described.get("name"), str)
+        or not isinstance(described.get("fields"), dict)
+    ):
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r} needs 'method' with 'name' and 'fields', found {described!r}"
+        )
+    try:
+        method: Method = get_registry().method(described["name"]).from_config(described["fields"])
+    except UnknownNameError as error:
+        raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r}: the fields of {described['name']!r} are wrong: {error}"
+        ) from error
+    return method
+
+
+def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
+    try:
+        peft_type = hf.get("peft_type")
+        if not isinstance(peft_type, str):
+            raise AdapterConfigError(f"'peft_type' must be a string such as 'LORA', found {peft_type!r}")
+        return get_registry().method_for_peft_type(peft_type).from_hf_config(hf)
+    except (AdapterConfigError, UnknownNameError) as error:
+        raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
+
+
+def _unprefixed(folder: Path, stored: Mapping[str, Tensor], method: Method) -> dict[str, Tensor]:
+    prefix = HF_PREFIX if method.peft_type else ""
+    for key in stored:
+        if not key.startswith(prefix):
+            raise AdapterMismatchError(
+                f"{str(folder / WEIGHTS)!r} has the key {key!r}, which does not start with {prefix!r}"
+            )
+    return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object; duplicate keys, NaN and anything but an object are errors."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} stands twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{str(path)!r} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def to_json_bytes(value: Any) -> bytes:
+    """Return ``value`` as JSON, sorted and indented."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

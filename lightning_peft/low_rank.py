@@ -1,0 +1,395 @@
+"""Low-rank adapters for every kind of layer: what LoRA and its relatives put around a module.
+
+A linear layer's B is held transposed, (rank, out): with ``h = A x^T`` held as (rank, tokens), every thin product of
+forward and backward then meets the matrix library in its fast layout. Files hold the usual (out, rank). The input is
+never copied to the dtype of the adapter; the small matrices are cast to the dtype of the output instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
+from lightning_peft.interfaces import Adapter, Slice, Target
+from lightning_peft.targets import is_conv1d_linear
+
+CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+"""The convolutions that can be adapted, and their functions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankSettings:
+    """What a low-rank adapter needs to know of its method."""
+
+    rank: int
+    """Rank r of the update."""
+    scaling: float
+    """Factor of the update."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the low-rank path in training."""
+    init: str = "kaiming"
+    """How A starts: ``kaiming`` or ``gaussian``."""
+    bias: bool = False
+    """Whether the bias of the layer is trained too."""
+    dtype: str = "float32"
+    """``float32`` for at least that, ``base`` for the dtype of the base."""
+
+
+class LowRankAdapter(Adapter):
+    """What the low-rank adapters share: rank, scaling, dropout, and a bias that is trained beside them if asked for."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
+        super().__init__()
+        self.rank, self.scaling, self.dropout, self.init = (
+            settings.rank,
+            settings.scaling,
+            float(settings.dropout),
+            settings.init,
+        )
+        self.file_rank = settings.rank
+        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        assert isinstance(weight, Tensor)
+        self._device, self._dtype = weight.device, _adapter_dtype(weight.dtype, settings.dtype)
+        base_bias = getattr(module, "bias", None)
+        if settings.bias and isinstance(base_bias, Tensor):
+            self.bias = self.new(*base_bias.shape)
+            self.register_buffer("base_bias", torch.empty_like(self.bias), persistent=False)
+        else:
+            self.bias = None
+
+    def new(self, *shape: int) -> nn.Parameter:
+        """Allocate a parameter of the adapter."""
+        return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
+
+    def reset_down(self, *matrices: Tensor) -> None:
+        """Start the matrices A (rank, in, ...)."""
+        for A in matrices:
+            if self.init == "gaussian":
+                nn.init.normal_(A, std=1.0 / self.rank)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+    def reset_bias(self, base_layer: nn.Module) -> None:
+        """Start the trained bias at the bias of the base."""
+        if self.bias is not None:
+            with torch.no_grad():
+                self.base_bias.copy_(base_layer.bias)  # type: ignore[operator, arg-type]
+                self.bias.copy_(base_layer.bias)  # type: ignore[arg-type]
+
+    def bias_tensors(self) -> dict[str, Tensor]:
+        """Return the trained bias under its name in a file."""
+        return {} if self.bias is None else {"base_layer.bias": self.bias}
+
+    def add_bias(self, output: Tensor, channel_dim: int = -1) -> Tensor:
+        """Add what training changed of the bias to ``output``, along ``channel_dim``."""
+        if self.bias is None:
+            return output
+        change = (self.bias - self.base_bias).to(output.dtype)  # type: ignore[operator]
+        return output + (change if channel_dim == -1 else change.view(-1, *[1] * (-channel_dim - 1)))
+
+    def merged_with(self, base_layer: nn.Module, **deltas: Tensor) -> dict[str, Tensor]:
+        """Return the merged parameters: each delta added to the parameter of its name in float32, rounded once."""
+        merged = {}
+        for name, delta in deltas.items():
+            name = name.replace("__", ".")
+            weight = base_layer.get_parameter(name)
+            if not weight.is_floating_point() or weight.shape != delta.shape:
+                raise MergeError(
+                    f"the {name} of {type(base_layer).__name__} holds {weight.dtype} of shape {tuple(weight.shape)}: a quantised base "
+                    "cannot be merged into; load the base in 16 or 32 bit and merge there"
+                )
+            wide = torch.promote_types(torch.float32, weight.dtype)
+            merged[name] = (weight.detach().to(wide) + delta.to(wide)).to(weight.dtype)
+        if self.bias is not None:
+            merged["bias"] = self.bias.detach().to(base_layer.get_parameter("bias").dtype)
+        return merged
+
+
+class LowRankLinear(LowRankAdapter):
+    """LoRA on ``nn.Linear`` (quantised ones too) and transformers' ``Conv1D``, whole or on slices of a fused projection.
+
+    Each of k slices has a pair A, B of its own; A is held as (k * rank, in), B as (rank, features of all slices).
+
+    Args:
+        settings: the hyperparameters at this place.
+        module: the layer to adapt.
+        slices: the slices of the output to adapt; empty for all of it.
+    """
+
+    def __init__(self, settings: LowRankSettings, module: nn.Module, slices: tuple[Slice, ...] = ()) -> None:
+        super().__init__(settings, module)
+        self.transposed = is_conv1d_linear(module)
+        width = module.weight.shape if self.transposed else (module.in_features, module.out_features)
+        in_features, self.out_features = (int(number) for number in width)  # type: ignore[union-attr, arg-type]
+        self.slices = slices
+        self.file_rank = self.rank * max(1, len(slices))
+        self.lora_A = self.new(self.file_rank, in_features)
+        self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
+        exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
+        self._plain: type | None = type(module) if exact else None
+
+    @override
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        self.reset_down(*torch.split(self.lora_A, self.rank))
+        nn.init.zeros_(self.lora_B)
+        self.reset_bias(base_layer)
+
+    @override
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """X (..., in) -> y (..., out)."""
+        if type(base) is self._plain and not _hooked(base):
+            x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
+            y = F.linear(x2, weight, base.bias)  # type: ignore[attr-defined]  # (tokens, out)
+            # The output is fresh here, so the update can go into it.
+            y = self._update(x2, y, in_place=True)
+            return self.add_bias(y).view(*x.shape[:-1], self.out_features)
+        y = base(x)
+        y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, self.out_features), in_place=False).view(y.shape)
+        return self.add_bias(y)
+
+    def _update(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
+        """Return y (tokens, out) plus the update of x (tokens, in)."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        A, B, x = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype), x.to(y.dtype)
+        h = A @ x.t()  # (k * rank, tokens)
+        if not self.slices:
+            if in_place:
+                return y.addmm_(h.t(), B, alpha=self.scaling)
+            return torch.addmm(y, h.t(), B, alpha=self.scaling)
+        y = y if in_place else y.clone()
+        widths = [part.features for part in self.slices]
+        for part, rows, columns in zip(
+            self.slices, torch.split(h, self.rank), torch.split(B, widths, dim=1), strict=True
+        ):
+            view = part.view(y)  # (tokens, groups, width of the slice)
+            view.add_((rows.t() @ columns).view(view.shape), alpha=self.scaling)
+        return y
+
+    def _dense_up(self) -> Tensor:
+        """B as the file holds it: (out, k * rank), zero where a slice's own columns do not reach its features."""
+        if not self.slices:
+            return self.lora_B.t()
+        dense = torch.zeros(self.file_rank, self.out_features, dtype=self.lora_B.dtype, device=self.lora_B.device)
+        for index, (part, block) in enumerate(zip(self.slices, self._blocks(self.lora_B), strict=True)):
+            view = part.view(dense[index * self.rank : (index + 1) * self.rank])
+            view.copy_(block.reshape(view.shape))
+        return dense.t()
+
+    def _blocks(self, up: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(up, [part.features for part in self.slices], dim=1)
+
+    @override
+    def disk_tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self._dense_up().detach(), **self.bias_tensors()}
+
+    @override
+    @torch.no_grad()
+    def import_state(self, state: Mapping[str, Tensor]) -> None:
+        if not self.slices:
+            super().import_state(state)
+            return
+        self.lora_A.copy_(state["lora_A.weight"])
+        dense = state["lora_B.weight"].t()  # (k * rank, out)
+        for index, (part, block) in enumerate(zip(self.slices, self._blocks(self.lora_B), strict=True)):
+            block.copy_(part.view(dense[index * self.rank : (index + 1) * self.rank]).reshape(block.shape))
+        if not torch.equal(self._dense_up().to(dense), dense.t()):
+            raise AdapterConfigError("lora_B.weight has values outside the slices it adapts; load it without slices")
+        if self.bias is not None:
+            self.bias.copy_(state["base_layer.bias"])
+
+    @override
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        delta = self.scaling * (self._dense_up().detach() @ self.lora_A.detach())  # (out, in)
+        return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
+
+
+class LowRankEmbedding(LowRankAdapter):
+    """LoRA on ``nn.Embedding``: A (rank, vocabulary) starts at zero, B (dim, rank) at random, both held transposed."""
+
+    def __init__(self, settings: LowRankSettings, module: nn.Embedding) -> None:
+        super().__init__(settings, module)
+        if module.max_norm is not None:
+            raise TargetError("LoRA cannot adapt an embedding with max_norm, which rewrites its own weights in forward")
+        self.padding_idx = module.padding_idx
+        # Some models (Gemma 3) scale what the embedding returns; the update is part of the weight, so it is scaled too.
+        self.embed_scale = float(getattr(module, "scalar_embed_scale", 1.0))
+        self.lora_embedding_A = self.new(module.num_embeddings, self.rank)
+        self.lora_embedding_B = self.new(self.rank, module.embedding_dim)
+
+    @override
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+
+    @override
+    def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
+        """Ids (...) -> y (..., dim)."""
+        y: Tensor = base(ids)
+        h = F.embedding(ids, self.lora_embedding_A.to(y.dtype), self.padding_idx)  # (..., rank)
+        return y + (h @ self.lora_embedding_B.to(y.dtype)) * (self.scaling * self.embed_scale)
+
+    @override
+    def disk_tensors(self) -> dict[str, Tensor]:
+        return {"lora_embedding_A": self.lora_embedding_A.t(), "lora_embedding_B": self.lora_embedding_B.t()}
+
+    @override
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        return self.merged_with(
+            base_layer, weight=self.scaling * (self.lora_embedding_A.detach() @ self.lora_embedding_B.detach())
+        )
+
+
+class LowRankConv(LowRankAdapter):
+    """LoRA on convolutions: A (rank, in, *kernel) strides over the input as the base does, B (out, rank, 1, ...) mixes."""
+
+    def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
+        super().__init__(settings, module)
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        self.convolve = next(function for kind, function in CONVOLUTIONS.items() if isinstance(module, kind))
+        self.settings = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        self.lora_A = self.new(self.rank, module.in_channels, *module.kernel_size)
+        self.lora_B = self.new(module.out_channels, self.rank, *[1] * len(module.kernel_size))
+
+    @override
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        self.reset_down(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+        self.reset_bias(base_layer)
+
+    @override
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """X (batch, in, *size) -> y (batch, out, *size)."""
+        y: Tensor = base(x)
+        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        h = self.convolve(x, self.lora_A.to(y.dtype), **self.settings)  # (batch, rank, *size)
+        y = y + self.convolve(h, self.lora_B.to(y.dtype)) * self.scaling
+        return self.add_bias(y, channel_dim=1 - self.lora_B.dim())
+
+    @override
+    def disk_tensors(self) -> dict[str, Tensor]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B, **self.bias_tensors()}
+
+    @override
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        delta = torch.tensordot(self.lora_B.detach().flatten(1), self.lora_A.detach(), dims=1)  # (out, in, *kernel)
+        return self.merged_with(base_layer, weight=self.scaling * delta)
+
+
+class LowRankMultiheadAttention(LowRankAdapter):
+    """LoRA on ``nn.MultiheadAttention``: its joint input projection and its output projection.
+
+    The module reads its weights itself, so the updates are added to the weights for the time of the forward.
+    """
+
+    # Encoder layers otherwise take a fused path in eval mode that never calls this module.
+    attribute_overrides: ClassVar[Mapping[str, Any]] = {"_qkv_same_embed_dim": False}
+
+    def __init__(self, settings: LowRankSettings, module: nn.MultiheadAttention, target: Target) -> None:
+        super().__init__(settings, module)
+        for name in ("dropout", "bias"):
+            if getattr(settings, name) not in (0.0, "none"):
+                raise TargetError(
+                    f"LoRA {name}={getattr(settings, name)!r} was asked for at {target.path!r}, an nn.MultiheadAttention, "
+                    f"whose projections are not modules: {name} is not possible there"
+                )
+        width = module.embed_dim
+        self.lora_A, self.lora_B = self.new(self.rank, width), self.new(self.rank, 3 * width)
+        self.out_lora_A, self.out_lora_B = self.new(self.rank, width), self.new(self.rank, width)
+
+    @override
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        self.reset_down(self.lora_A, self.out_lora_A)
+        nn.init.zeros_(self.lora_B)
+        nn.init.zeros_(self.out_lora_B)
+
+    def deltas(self) -> dict[str, Tensor]:
+        """Return what is added to each weight, (out, in)."""
+        return {
+            "in_proj_weight": self.scaling * (self.lora_B.t() @ self.lora_A),
+            "out_proj.weight": self.scaling * (self.out_lora_B.t() @ self.out_lora_A),
+        }
+
+    @override
+    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Arguments and results are those of ``nn.MultiheadAttention``."""
+        around: list[LowRankMultiheadAttention] = [self]
+        while isinstance(base, functools.partial):  # further adapters inside this one: their updates add up
+            assert isinstance(base.func, LowRankMultiheadAttention)
+            around.append(base.func)
+            base = base.args[0]
+        assert isinstance(base, nn.MultiheadAttention)
+        names = ("in_proj_weight", "out_proj.weight")
+        weights: dict[str, Tensor] = {name: base.get_parameter(name) for name in names}
+        for adapter in around:
+            weights = {name: weights[name] + delta.to(weights[name].dtype) for name, delta in adapter.deltas().items()}
+        return torch.func.functional_call(base, weights, args, kwargs)
+
+    @override
+    def disk_tensors(self) -> dict[str, Tensor]:
+        return {
+            "lora_A.weight": self.lora_A,
+            "lora_B.weight": self.lora_B.t(),
+            "base_layer.out_proj.lora_A.weight": self.out_lora_A,
+            "base_layer.out_proj.lora_B.weight": self.out_lora_B.t(),
+        }
+
+    @override
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        deltas = {name.replace(".", "__"): delta.detach() for name, delta in self.deltas().items()}
+        return self.merged_with(base_layer, **deltas)
+
+
+class BiasAdapter(LowRankAdapter):
+    """The trained bias of a layer that has no low-rank update, for ``bias='all'``."""
+
+    def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
+        super().__init__(settings, module)
+        self.channels_last = not isinstance(module, (*CONVOLUTIONS, nn.GroupNorm))
+
+    @override
+    def reset_parameters(self, base_layer: nn.Module) -> None:
+        self.reset_bias(base_layer)
+
+    @override
+    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
+        """X -> y, shapes as in the base."""
+        y: Tensor = base(x)
+        return self.add_bias(y, channel_dim=-1 if self.channels_last else 1 - y.dim())
+
+    @override
+    def disk_tensors(self) -> dict[str, Tensor]:
+        return {"bias": self.bias} if self.bias is not None else {}
+
+    @override
+    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        return self.merged_with(base_layer)
+
+
+def _adapter_dtype(base: torch.dtype, wanted: str) -> torch.dtype:
+    if not base.is_floating_point:  # packed weights of a quantised base
+        return torch.float32
+    return base if wanted == "base" else torch.promote_types(torch.float32, base)
+
+
+def _hooked(module: Any) -> bool:
+    """Tell whether somebody listens to ``module``, so that it must be called rather than computed."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
