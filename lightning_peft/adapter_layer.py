@@ -168,9 +168,6 @@ class AdapterLayer(nn.Module):
             modules = self.__dict__.get("_modules") or {}
             if "base_layer" not in modules:
                 raise
-        for adapter in self.__dict__.get("_stack", ()):
-            if name in adapter.attribute_overrides:
-                return adapter.attribute_overrides[name]
         return getattr(modules["base_layer"], name)
 
     @override

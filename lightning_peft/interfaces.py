@@ -81,9 +81,6 @@ class Adapter(nn.Module, ABC):
     can be built on the meta device and materialised later. No state may stay on an adapter between two forwards.
     """
 
-    attribute_overrides: ClassVar[Mapping[str, Any]] = {}
-    """Attributes of the adapted module that must read differently while this adapter is active."""
-
     @abstractmethod
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` (the adapted module, or a further adapter around it) with this adapter in effect."""

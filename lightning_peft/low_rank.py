@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,9 +297,6 @@ class LowRankMultiheadAttention(LowRankAdapter):
 
     The module reads its weights itself, so the updates are added to the weights for the time of the forward.
     """
-
-    # Encoder layers otherwise take a fused path in eval mode that never calls this module.
-    attribute_overrides: ClassVar[Mapping[str, Any]] = {"_qkv_same_embed_dim": False}
 
     def __init__(self, settings: LowRankSettings, module: nn.MultiheadAttention, target: Target) -> None:
         super().__init__(settings, module)

@@ -283,15 +283,15 @@ def _check_hf_targets(folder: AdapterFolder, modules: Mapping[str, nn.Module], p
 
 
 def _without_base_copies(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
-    """Drop the copies of adapted embeddings that HF PEFT writes beside their adapters, after comparing them."""
+    """Drop the copies of adapted embeddings and heads that HF PEFT writes beside their adapters, after comparing them."""
     tensors = dict(folder.tensors)
     for place, layer in adapter_layers(model).items():
         key = f"{place}.base_layer.weight"
-        if key in tensors and isinstance(layer.base_layer, nn.Embedding):
-            stored, weight = tensors.pop(key), layer.base_layer.weight.detach()
+        if key in tensors:
+            stored, weight = tensors.pop(key), layer.base_layer.get_parameter("weight").detach()
             if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
                 raise BaseMismatchError(
-                    f"{str(folder.path / WEIGHTS)!r} holds a copy of the embedding {place!r} that differs from this model's"
+                    f"{str(folder.path / WEIGHTS)!r} holds {key!r}, which would overwrite the base: it differs from the weight of this model"
                 )
     return tensors
 

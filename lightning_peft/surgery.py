@@ -39,6 +39,8 @@ from lightning_peft.targets import ModelFamily, Targets, matches, resolve_target
 
 _RECORDS = "_lightning_peft_adapters"
 """Attribute of an adapted model: adapter name to :class:`Injection`."""
+_NESTED = "_lightning_peft_use_nested_tensor"
+"""Attribute of an adapted ``nn.TransformerEncoder``: its own ``use_nested_tensor``."""
 
 
 @dataclass(frozen=True)
@@ -139,23 +141,13 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         made.append((modules[target.path], adapter))
     freeze(model)
     parents = _parents(model)
-    fused_path = {
-        id(m) for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for m in layer.modules()
-    }
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
         layer.add(name, adapter, trainable=trainable)
-        if id(module) in fused_path and layer is not module:
-            # In eval mode torch's encoder layer takes a fused path that reads weights instead of calling modules;
-            # it keeps off that path where anybody listens to one of them.
-            layer.register_forward_pre_hook(_keep_off_the_fused_path)
+    _keep_torch_encoders_calling(model)
     records(model)[name] = injection
     set_active_adapters(model, [name])
     return injection
-
-
-def _keep_off_the_fused_path(module: nn.Module, args: Any) -> None:
-    """Do nothing: being registered is the effect."""
 
 
 def records(model: nn.Module) -> dict[str, Injection]:
@@ -234,6 +226,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         layer.delete(name)
         if not layer.adapters:
             _replace(layer.base_layer, parents[id(layer)])
+    _keep_torch_encoders_calling(model)
     records(model).pop(name, None)
 
 
@@ -284,6 +277,7 @@ def unload_adapters(model: nn.Module) -> nn.Module:
     parents = _parents(model)
     for layer in layers.values():
         _replace(layer.base_layer, parents[id(layer)])
+    _keep_torch_encoders_calling(model)
     records(model).clear()
     return model
 
@@ -375,6 +369,31 @@ def _wrap(module: nn.Module, places: list[tuple[nn.Module, str]]) -> AdapterLaye
 def _replace(new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
     for parent, child_name in places:
         parent._modules[child_name] = new
+
+
+def _keep_torch_encoders_calling(model: nn.Module) -> None:
+    """Keep torch's own encoders from reading the weights of adapted layers instead of calling them.
+
+    In eval mode ``nn.TransformerEncoderLayer`` has a fused path that bypasses its modules, but not while anybody listens to
+    one of them; ``nn.TransformerEncoder`` then must not hand it nested tensors, which only that path understands.
+    """
+    for encoder in model.modules():
+        if not isinstance(encoder, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        layers = [layer for layer in encoder.modules() if isinstance(layer, AdapterLayer)]
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            for layer in layers:
+                if not layer._forward_pre_hooks:
+                    layer.register_forward_pre_hook(_listen)
+        elif layers:
+            encoder.__dict__.setdefault(_NESTED, encoder.use_nested_tensor)
+            encoder.use_nested_tensor = False
+        elif _NESTED in encoder.__dict__:
+            encoder.use_nested_tensor = encoder.__dict__.pop(_NESTED)
+
+
+def _listen(module: nn.Module, args: Any) -> None:
+    """Do nothing: being registered is the effect."""
 
 
 def _warn_of_fused_experts(model: nn.Module) -> None:

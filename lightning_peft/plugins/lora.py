@@ -158,7 +158,11 @@ class LoRA(Method):
 
     @override
     def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        places = {path: adapter for path, adapter in adapters.items() if isinstance(adapter, LowRankAdapter)}
+        places = {
+            path: adapter
+            for path, adapter in adapters.items()
+            if isinstance(adapter, LowRankAdapter) and not isinstance(adapter, BiasAdapter)
+        }
         # The slices of a fused projection are written as one update of stacked rank with the same scaling.
         ranks = {path: adapter.file_rank for path, adapter in places.items()}
         scalings = {
