@@ -1,0 +1,140 @@
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft import LoRA, adapter_layers, inject, merge_adapters, set_active_adapters, unmerge_adapters
+from lightning_peft.errors import MergeError
+from lightning_peft.merging import adapters_merged
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8)).to(dtype)
+
+
+def shake(model, scale=0.3):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for parameter in layer.adapters.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def bits(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "base_layer" in name}
+
+
+X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004)]
+)
+def test_a_hundred_merges_and_unmerges_lose_no_bit_in_any_precision(dtype, tolerance):
+    model = net(dtype)
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    before, out = bits(model), model(X.to(dtype))
+    for _ in range(100):
+        merge_adapters(model)
+        merged = model(X.to(dtype))
+        unmerge_adapters(model)
+    assert ((merged - out).abs().max() / out.abs().max()).item() <= tolerance
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    assert torch.equal(model(X.to(dtype)), out)
+
+
+def test_a_merge_into_bfloat16_rounds_once():
+    model = net(torch.bfloat16)
+    inject(model, LoRA(rank=2), "0")
+    shake(model, 0.01)
+    adapter, weight = model[0].adapters["default"], model[0].base_layer.weight.clone()
+    exact = weight.double() + adapter.scaling * (adapter.lora_B.double().t() @ adapter.lora_A.double())
+    merge_adapters(model)
+    rounded = (model[0].base_layer.weight.double() - exact).abs()
+    assert (rounded <= 2**-8 * exact.abs() + 1e-12).all()
+
+
+def test_a_second_merge_of_one_adapter_is_refused():
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    merge_adapters(model)
+    before = bits(model)
+    with pytest.raises(MergeError, match="adapter 'default' is merged already; a second merge would apply it twice"):
+        merge_adapters(model)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+
+
+def test_merging_two_adapters_one_after_the_other_or_at_once_is_their_sum():
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear", name="a")
+    inject(model, LoRA(rank=3), "0", name="b")
+    shake(model)
+    set_active_adapters(model, ["a", "b"])
+    out = model(X)
+    merge_adapters(model)
+    assert torch.allclose(model(X), out, atol=1e-5)
+    unmerge_adapters(model)
+    merge_adapters(model, "a")
+    assert torch.allclose(model(X), out, atol=1e-5)  # b still acts beside it
+    merge_adapters(model, ["b"])
+    assert torch.allclose(model(X), out, atol=1e-5)
+    unmerge_adapters(model)
+    assert torch.equal(model(X), out)
+
+
+def test_a_non_finite_merge_is_refused_and_changes_no_weight_of_any_layer():
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    with torch.no_grad():
+        model[2].adapters["default"].lora_A[0, 0] = float("nan")
+    before = bits(model)
+    with pytest.raises(MergeError, match="merging adapter 'default' makes 'weight' non-finite; the weights are unchanged"):
+        merge_adapters(model)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    assert not model[0].merged
+
+
+def test_merging_into_tied_weights_is_refused_naming_both_users():
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    inject(model, LoRA(rank=2), "head")
+    with pytest.raises(MergeError, match=r"head.weight is shared by embedding.weight, head.weight: merging the adapter"):
+        merge_adapters(model)
+
+
+def test_a_merged_adapter_is_not_deleted():
+    from lightning_peft import delete_adapter
+
+    model = net()
+    inject(model, LoRA(rank=2), "0")
+    merge_adapters(model)
+    with pytest.raises(MergeError, match="adapter 'default' is merged into the base; unmerge it before deleting it"):
+        delete_adapter(model, "default")
+
+
+def test_a_merge_for_the_time_of_a_block_leaves_no_trace():
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    before, out = bits(model), model(X)
+    with adapters_merged(model):
+        assert model[0].merged == ("default",)
+        assert torch.allclose(model(X), out, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    merge_adapters(model)
+    with adapters_merged(model):
+        pass
+    assert model[0].merged == ("default",)
+
+
+def test_merging_does_not_change_what_a_module_computes_by_switching_mode():
+    model = net()
+    inject(model, LoRA(rank=2, dropout=0.5), "all_linear")
+    shake(model)
+    before = bits(model)
+    model.eval()
+    model.train()
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())

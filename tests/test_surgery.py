@@ -1,0 +1,298 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_peft import (
+    AdapterLayer,
+    LoRA,
+    active_adapters,
+    adapter_layers,
+    adapter_names,
+    adapters_disabled,
+    delete_adapter,
+    inject,
+    materialize_adapters,
+    merge_adapters,
+    save_adapter,
+    set_active_adapters,
+    trainable_summary,
+    unload_adapters,
+    unmerge_adapters,
+)
+from lightning_peft.errors import AdapterNotFoundError, ConfigError, InjectionError, MergeError, TargetError
+from lightning_peft.state import load_adapter
+
+
+class Net(nn.Module):
+    """An MLP with two blocks, a shared module and a tied head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 8)) for _ in range(2))
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+IDS = torch.arange(10).view(2, 5)
+
+
+def shake(model, name="default", seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            if name in layer.adapters:
+                for parameter in layer.adapters[name].parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def adapted(targets="all_linear", **options):
+    model = Net().eval()
+    inject(model, LoRA(rank=2, **options), targets)
+    shake(model)
+    return model
+
+
+def test_injecting_freezes_the_base_and_trains_the_adapter_alone():
+    model = Net()
+    injection = inject(model, LoRA(rank=2), ["blocks.0.0", "head"])
+    assert injection.paths == ["blocks.0.0", "head"]
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{place}.adapters.default.{t}" for place in ("blocks.0.0", "head") for t in ("lora_A", "lora_B")}
+    summary = trainable_summary(model)
+    assert summary.trainable == 2 * (8 + 8) + 2 * (8 + 11)
+    assert summary.layers == 2
+    assert summary.percent == pytest.approx(100 * summary.trainable / summary.total)
+    assert str(summary) == f"{summary.trainable:,} of {summary.total:,} parameters are trained ({summary.percent:.3f} %), at 2 places"
+
+
+def test_a_fresh_adapter_changes_no_bit():
+    model = Net().eval()
+    before = model(IDS)
+    inject(model, LoRA(rank=2), ["all_linear", "embedding"])
+    assert torch.equal(model(IDS), before)
+
+
+def test_disabled_is_the_base_bit_for_bit_and_ends_with_the_block_even_after_an_error():
+    base, model = Net().eval(), adapted()
+    with adapters_disabled(model):
+        assert torch.equal(model(IDS), base(IDS))
+    out = model(IDS)
+    assert not torch.equal(out, base(IDS))
+    with pytest.raises(RuntimeError, match="inside"), adapters_disabled(model):
+        raise RuntimeError("inside")
+    assert torch.equal(model(IDS), out)
+
+
+def test_disabling_takes_merged_adapters_out_as_well_and_puts_them_back():
+    base, model = Net().eval(), adapted()
+    merge_adapters(model)
+    merged = model(IDS)
+    with adapters_disabled(model):
+        assert torch.equal(model(IDS), base(IDS))
+    assert torch.equal(model(IDS), merged)
+
+
+def test_disabled_blocks_can_be_nested():
+    base, model = Net().eval(), adapted()
+    with adapters_disabled(model):
+        with adapters_disabled(model):
+            pass
+        assert torch.equal(model(IDS), base(IDS))
+    assert not torch.equal(model(IDS), base(IDS))
+
+
+def test_several_adapters_are_switched_summed_and_only_the_active_ones_are_trained():
+    model = adapted("blocks.0.0")
+    one = model(IDS)
+    inject(model, LoRA(rank=3), ["blocks.0.0", "blocks.1.2"], name="other")
+    assert adapter_names(model) == ["default", "other"]
+    assert active_adapters(model) == ["other"]
+    shake(model, "other", seed=2)
+    two = model(IDS)
+    assert not any("default" in name for name, p in model.named_parameters() if p.requires_grad)
+    set_active_adapters(model, "default")
+    assert torch.equal(model(IDS), one)
+    set_active_adapters(model, ["default", "other"])
+    both = model(IDS)
+    set_active_adapters(model, ["other", "default"])
+    assert torch.allclose(model(IDS), both, atol=1e-6)
+    x = torch.randn(3, 8)
+    layer = model.get_submodule("blocks.0.0")
+    delta = [layer.adapters[name](layer.base_layer, x) - layer.base_layer(x) for name in ("default", "other")]
+    assert torch.allclose(layer(x), layer.base_layer(x) + delta[0] + delta[1], atol=1e-6)
+    set_active_adapters(model, [])
+    assert torch.equal(model(IDS), Net().eval()(IDS))
+    assert trainable_summary(model).trainable == 0
+    set_active_adapters(model, "other")
+    assert torch.equal(model(IDS), two)
+
+
+def test_deleting_an_adapter_leaves_the_others_and_the_last_one_unwraps_the_model():
+    model = adapted("blocks.0.0")
+    inject(model, LoRA(rank=3), ["blocks.0.0", "head"], name="other")
+    delete_adapter(model, "default")
+    assert adapter_names(model) == ["other"]
+    delete_adapter(model, "other")
+    assert not adapter_layers(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in Net().modules()]
+    assert list(model.state_dict()) == list(Net().state_dict())
+    inject(model, LoRA(rank=1), "head")  # the names are free again
+    assert adapter_names(model) == ["default"]
+
+
+def test_unloading_leaves_the_base_and_what_was_merged_into_it():
+    model = adapted()
+    out = model(IDS)
+    merge_adapters(model)
+    merged = model(IDS)
+    assert unload_adapters(model) is model
+    assert not any(isinstance(m, AdapterLayer) for m in model.modules())
+    assert torch.equal(model(IDS), merged)
+    assert torch.allclose(merged, out, atol=1e-5)
+    with pytest.raises(AdapterNotFoundError, match=r"Net has no adapters to unload; call inject\(model, method\) first"):
+        unload_adapters(model)
+
+
+def test_a_whole_block_and_the_layers_inside_it_can_be_adapted_at_once():
+    from lightning_peft.adapter_layer import base_modules
+
+    model = Net().eval()
+    inject(model, LoRA(rank=2), "blocks.0.0", name="inner")
+    layer = AdapterLayer(model.blocks[0])
+    model.blocks[0] = layer
+    assert "blocks.0.0" in dict(base_modules(model))
+    assert list(adapter_layers(model)) == ["blocks.0", "blocks.0.0"]
+    assert torch.equal(model(IDS), Net().eval()(IDS))
+
+
+def test_a_module_that_stands_in_two_places_is_adapted_in_both():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    inject(model, LoRA(rank=2), "a")
+    assert model["a"] is model["b"]
+    assert isinstance(model["b"], AdapterLayer)
+    delete_adapter(model, "default")
+    assert model["a"] is model["b"] is shared
+
+
+def test_an_adapted_layer_still_shows_what_others_look_for_in_it():
+    model = adapted("head")
+    assert model.head.weight is model.head.base_layer.weight
+    assert (model.head.in_features, model.head.out_features, model.head.bias) == (8, 11, None)
+    model.head.weight = model.embedding.weight
+    assert model.head.base_layer.weight is model.embedding.weight
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'nonsense'"):
+        _ = model.head.nonsense
+
+
+def test_an_adapted_model_is_copied_and_pickled_whole():
+    model = adapted()
+    out = model(IDS)
+    assert torch.equal(copy.deepcopy(model)(IDS), out)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS), out)
+    assert active_adapters(again) == ["default"]
+    set_active_adapters(again, [])
+    assert not torch.equal(again(IDS), out)
+
+
+def test_adapters_follow_the_mode_of_the_module_they_stand_at():
+    model = Net().eval()
+    inject(model, LoRA(rank=2, dropout=0.5), "head")
+    assert not model.head.adapters["default"].training
+    assert not model.head.training
+    model.train()
+    assert model.head.adapters["default"].training
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: inject(m, LoRA(), "head"), InjectionError, r"Net already has an adapter 'default' \(it holds: 'default'\); give another name="),
+        (lambda m: inject(m, LoRA(), "head", name="a.b"), ConfigError, "an adapter name is 1 to 64 letters, digits, '_' or '-', .* got 'a.b'"),
+        (lambda m: inject(m, LoRA(), "head", name="keys"), ConfigError, "no attribute of nn.ModuleDict such as 'keys', got 'keys'"),
+        (lambda m: inject(m, LoRA(), "head", name="../x"), ConfigError, "got '../x'"),
+        (lambda m: inject(m, LoRA, "head", name="b"), ConfigError, "inject needs an instance of a Method such as LoRA"),
+        (lambda m: inject(m, LoRA(), ["head", "hed"], name="b"), TargetError, "target 'hed' matches no module of Net; did you mean 'head'"),
+        (lambda m: set_active_adapters(m, ["default", "x"]), AdapterNotFoundError, "adapter 'x' was asked for, but Net has no such adapter: it holds 'default'"),
+        (lambda m: delete_adapter(m, "x"), AdapterNotFoundError, "adapter 'x' was asked for"),
+        (lambda m: merge_adapters(m, "x"), AdapterNotFoundError, "adapter 'x' was asked for"),
+        (lambda m: save_adapter(m, "nowhere", name="x"), AdapterNotFoundError, "adapter 'x' was asked for"),
+        (lambda m: unmerge_adapters(m), MergeError, "Net has no merged adapter to unmerge"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_and_changes_nothing(call, error, message):
+    model = adapted()
+    before, out = {k: v.clone() for k, v in model.state_dict().items()}, model(IDS)
+    with pytest.raises(error, match=message):
+        call(model)
+    assert before.keys() == model.state_dict().keys()
+    assert torch.equal(model(IDS), out)
+    assert active_adapters(model) == ["default"]
+
+
+@pytest.mark.parametrize("verb", [merge_adapters, lambda m: save_adapter(m, "nowhere"), lambda m: set_active_adapters(m, "default")])
+def test_a_model_without_adapters_is_told_so(verb):
+    with pytest.raises(AdapterNotFoundError, match=r"adapter 'default' was asked for, but Net has no such adapter: it holds none; call inject"):
+        verb(Net())
+
+
+def test_a_failed_injection_leaves_the_model_as_it_was():
+    model = Net()
+    with pytest.raises(TargetError, match="rank_pattern 'embedding' matches none of the 1 adapted places, such as 'head'"):
+        inject(model, LoRA(rank_pattern={"embedding": 3}), "head")
+    assert all(p.requires_grad for p in model.parameters())
+    assert not adapter_layers(model)
+
+
+def test_an_adapter_of_a_part_is_not_saved_through_the_whole(tmp_path):
+    model = nn.ModuleDict({"net": Net()})
+    inject(model["net"], LoRA(rank=2), "head")
+    with pytest.raises(AdapterNotFoundError, match="lives inside ModuleDict, but was injected into a part of it"):
+        save_adapter(model, tmp_path)
+
+
+def test_adapters_are_injected_on_the_meta_device_and_materialised_after_the_base():
+    with torch.device("meta"):
+        model = Net()
+    inject(model, LoRA(rank=2), ["all_linear", "embedding"])
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(InjectionError, match="the base at 'embedding' is on the meta device; load its weights before"):
+        materialize_adapters(model)
+    source = Net()
+    for layer in adapter_layers(model).values():
+        layer.base_layer.to_empty(device="cpu")
+    names = dict(source.named_parameters())
+    from lightning_peft.adapter_layer import base_parameters
+
+    with torch.no_grad():
+        for name, parameter in base_parameters(model):
+            parameter.copy_(names[name])
+    materialize_adapters(model)
+    assert torch.equal(model.eval()(IDS), source.eval()(IDS))
+    assert model.head.adapters["default"].lora_A.std() > 0
+    assert all(p.requires_grad for n, p in model.named_parameters() if "adapters" in n)
+
+
+def test_a_compiled_or_checkpointed_module_keeps_its_path(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = adapted()
+    out = model(IDS)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    assert list(adapter_layers(model)) == ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2", "head"]
+    save_adapter(model, tmp_path)
+    plain = Net().eval()
+    load_adapter(plain, tmp_path)
+    assert torch.equal(plain(IDS), out)
