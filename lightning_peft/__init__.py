@@ -9,43 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft.adapter_layer import (
-        AdapterLayer as AdapterLayer,
-    )
-    from lightning_peft.adapter_layer import (
-        adapter_layers as adapter_layers,
-    )
-    from lightning_peft.adapter_layer import (
-        adapter_names as adapter_names,
-    )
+    from lightning_peft.activation import active_adapters as active_adapters
+    from lightning_peft.activation import adapters_disabled as adapters_disabled
+    from lightning_peft.activation import set_active_adapters as set_active_adapters
+    from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
+    from lightning_peft.adapter_layer import adapter_layers as adapter_layers
+    from lightning_peft.adapter_layer import adapter_names as adapter_names
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.data import TextDataModule as TextDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
+    from lightning_peft.families import Fused as Fused
+    from lightning_peft.families import ModelFamily as ModelFamily
     from lightning_peft.hookspecs import hookimpl as hookimpl
-    from lightning_peft.interfaces import (
-        Adapter as Adapter,
-    )
-    from lightning_peft.interfaces import (
-        EvalTask as EvalTask,
-    )
-    from lightning_peft.interfaces import (
-        Exporter as Exporter,
-    )
-    from lightning_peft.interfaces import (
-        Method as Method,
-    )
-    from lightning_peft.interfaces import (
-        Quantizer as Quantizer,
-    )
-    from lightning_peft.interfaces import (
-        Slice as Slice,
-    )
-    from lightning_peft.interfaces import (
-        Target as Target,
-    )
+    from lightning_peft.injection import Injection as Injection
+    from lightning_peft.interfaces import Adapter as Adapter
+    from lightning_peft.interfaces import EvalTask as EvalTask
+    from lightning_peft.interfaces import Exporter as Exporter
+    from lightning_peft.interfaces import Method as Method
+    from lightning_peft.interfaces import Quantizer as Quantizer
+    from lightning_peft.interfaces import Slice as Slice
+    from lightning_peft.interfaces import Target as Target
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
     from lightning_peft.merging import merge_adapters as merge_adapters
@@ -56,52 +42,16 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.registry import get_registry as get_registry
-    from lightning_peft.state import (
-        adapter_state_dict as adapter_state_dict,
-    )
-    from lightning_peft.state import (
-        load_adapter as load_adapter,
-    )
-    from lightning_peft.state import (
-        save_adapter as save_adapter,
-    )
+    from lightning_peft.state import adapter_state_dict as adapter_state_dict
+    from lightning_peft.state import load_adapter as load_adapter
+    from lightning_peft.state import save_adapter as save_adapter
     from lightning_peft.summary import trainable_summary as trainable_summary
-    from lightning_peft.surgery import (
-        Injection as Injection,
-    )
-    from lightning_peft.surgery import (
-        active_adapters as active_adapters,
-    )
-    from lightning_peft.surgery import (
-        adapters_disabled as adapters_disabled,
-    )
-    from lightning_peft.surgery import (
-        delete_adapter as delete_adapter,
-    )
-    from lightning_peft.surgery import (
-        inject as inject,
-    )
-    from lightning_peft.surgery import (
-        materialize_adapters as materialize_adapters,
-    )
-    from lightning_peft.surgery import (
-        set_active_adapters as set_active_adapters,
-    )
-    from lightning_peft.surgery import (
-        unload_adapters as unload_adapters,
-    )
-    from lightning_peft.targets import (
-        Fused as Fused,
-    )
-    from lightning_peft.targets import (
-        ModelFamily as ModelFamily,
-    )
-    from lightning_peft.targets import (
-        Targets as Targets,
-    )
-    from lightning_peft.targets import (
-        resolve_targets as resolve_targets,
-    )
+    from lightning_peft.surgery import delete_adapter as delete_adapter
+    from lightning_peft.surgery import inject as inject
+    from lightning_peft.surgery import materialize_adapters as materialize_adapters
+    from lightning_peft.surgery import unload_adapters as unload_adapters
+    from lightning_peft.targets import Targets as Targets
+    from lightning_peft.targets import resolve_targets as resolve_targets
 
 __version__ = "0.1.0.dev0"
 
@@ -112,13 +62,13 @@ _HOME = {
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
-    "Fused": "targets",
-    "Injection": "surgery",
+    "Fused": "families",
+    "Injection": "injection",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
     "Method": "interfaces",
-    "ModelFamily": "targets",
+    "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
     "PEFTCLI": "cli",
@@ -131,11 +81,11 @@ _HOME = {
     "Target": "interfaces",
     "Targets": "targets",
     "TextDataModule": "data",
-    "active_adapters": "surgery",
+    "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",
     "adapter_state_dict": "state",
-    "adapters_disabled": "surgery",
+    "adapters_disabled": "activation",
     "delete_adapter": "surgery",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
@@ -145,7 +95,7 @@ _HOME = {
     "merge_adapters": "merging",
     "resolve_targets": "targets",
     "save_adapter": "state",
-    "set_active_adapters": "surgery",
+    "set_active_adapters": "activation",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",

@@ -1,14 +1,17 @@
-"""Which base model an adapter belongs to: a fingerprint of sampled weights that survives a change of precision.
+"""Which base model an adapter belongs to: sampled weights, compared up to the rounding of a change of precision.
 
-From every floating-point parameter of the base a few elements at fixed places are taken and rounded to bfloat16, so
-that one checkpoint loaded in float32, float16 or bfloat16 has one fingerprint. Packed weights of a quantised base are
-left out, and so are they when it is compared.
+From every floating-point parameter of the base a few elements at fixed places are taken and rounded to bfloat16::
+
+    {"model.norm.weight": "64:3f803f803f80...", ...}       shape, then the elements as bfloat16 in hexadecimal
+
+A float32 checkpoint loaded in float16 may round the other way, and does not hold very small values as exactly. So two
+elements are the same if they differ by one step of bfloat16 at most. Packed weights of a quantised base are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,40 +20,43 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
 
-SAMPLES = 32
+SAMPLES = 16
 """Elements taken from each parameter."""
+_RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-24
+"""One step of bfloat16, and the smallest number of float16."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The sampled hash of a base model.
+    """Sampled weights of a base model.
 
     Example:
         >>> model = torch.nn.Linear(4, 2)
-        >>> a, b = fingerprint(model), fingerprint(model.to(torch.bfloat16))
-        >>> a == b, len(a.digest)
-        (True, 16)
+        >>> a, b = fingerprint(model), fingerprint(model.to(torch.float16))
+        >>> a.differences(b), len(a.digest)
+        ([], 16)
     """
 
     tensors: Mapping[str, str]
-    """Parameter name to the hash of its shape and samples, 8 hexadecimal digits."""
+    """Parameter name to its shape and samples."""
 
     @property
     def digest(self) -> str:
-        """One short hash of them all."""
-        joined = "\\n".join(f"{name} {value}" for name, value in sorted(self.tensors.items()))
+        """One short hash of them all, to be read by people: it depends on rounding."""
+        joined = "\n".join(f"{name} {value}" for name, value in sorted(self.tensors.items()))
         return hashlib.sha256(joined.encode()).hexdigest()[:16]
 
-    def differences(self, other: Fingerprint, quantized: frozenset[str] = frozenset()) -> list[str]:
+    def differences(self, other: Fingerprint, quantized: Set[str] = frozenset()) -> list[str]:
         """Return the names of parameters that are not the same in ``other``, but for those ``quantized`` in either."""
-        names = sorted(self.tensors.keys() | other.tensors.keys())
-        return [name for name in names if name not in quantized and self.tensors.get(name) != other.tensors.get(name)]
+        names = sorted((self.tensors.keys() | other.tensors.keys()) - quantized)
+        return [name for name in names if not _same(self.tensors.get(name), other.tensors.get(name))]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint | None:
     """Return the fingerprint of the base of ``model``, or None while its weights are on the meta device.
 
-    Merged adapters do not count: the fingerprint is that of the weights before the merge.
+    Merged adapters do not count: the fingerprint is that of the weights before the merge. Sharded weights are gathered
+    one at a time, so all processes must call this.
     """
     named = [(name, tensor) for name, tensor in _base_tensors(model) if tensor.is_floating_point()]
     if not named or any(tensor.is_meta for _, tensor in named):
@@ -66,9 +72,7 @@ def fingerprint(model: nn.Module) -> Fingerprint | None:
             samples[index] = part
     return Fingerprint(
         {
-            name: hashlib.sha256(
-                str(tuple(tensor.shape)).encode() + sample.view(torch.int16).numpy().tobytes()
-            ).hexdigest()[:8]
+            name: "x".join(map(str, tensor.shape)) + ":" + sample.view(torch.int16).numpy().tobytes().hex()
             for (name, tensor), sample in zip(named, samples, strict=True)
         }
     )
@@ -88,10 +92,26 @@ def to_json(model: nn.Module) -> dict[str, Any]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    whole: Any = tensor.detach()
+    flat: Tensor = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)  # sharded, or not
     count = min(SAMPLES, flat.numel())
     places = torch.linspace(0, max(0, flat.numel() - 1), count, dtype=torch.float64).long().to(flat.device)
     return flat[places].to(torch.float32).to(torch.bfloat16)
+
+
+def _same(one: str | None, other: str | None) -> bool:
+    """Compare two entries of a fingerprint; what cannot be read is not the same."""
+    if one == other:
+        return True
+    if not isinstance(one, str) or not isinstance(other, str) or one.split(":")[0] != other.split(":")[0]:
+        return False
+    try:
+        a, b = (
+            torch.frombuffer(bytearray.fromhex(text.split(":")[1]), dtype=torch.bfloat16).float() for text in (one, other)
+        )
+        return torch.allclose(a, b, rtol=_RELATIVE, atol=_ABSOLUTE)
+    except (ValueError, IndexError, RuntimeError):
+        return False
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

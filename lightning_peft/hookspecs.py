@@ -25,8 +25,8 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_peft.families import ModelFamily
     from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
-    from lightning_peft.targets import ModelFamily
 
 PROJECT = "lightning_peft"
 """The pluggy project name and the entry-point group of third-party plugins."""

@@ -69,7 +69,7 @@ class CausalLMLoader(ModelLoader):
             options["revision"] = self.revision
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(self.path, **options)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"no causal language model could be loaded from {self.path!r}: {error}") from error
         if self.gradient_checkpointing:
             # The non-reentrant kind also works when the inputs of a block need no gradient, as over a frozen base.

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from lightning_peft.activation import active_adapters
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
 from lightning_peft.errors import MergeError
-from lightning_peft.surgery import active_adapters, records
+from lightning_peft.injection import records
 
 
 def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -> None:

@@ -7,30 +7,24 @@ hide missing and foreign keys, so names and shapes are stored beside the tensors
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest
 from lightning_peft.errors import CheckpointMismatchError
-from lightning_peft.fingerprint import Fingerprint, quantized_names, to_json
-from lightning_peft.fingerprint import fingerprint as base_fingerprint
-from lightning_peft.surgery import adapted_roots, records
+from lightning_peft.injection import adapted_roots
+from lightning_peft.resuming import ExactResume
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Host
 else:
     _Host = object
 
-MANIFEST = "lightning_peft"
-"""Key of a ``.ckpt`` under which the names, shapes and settings of its adapters stand."""
-_VERSION = 1
 
-
-class PEFTMixin(_Host):
+class PEFTMixin(ExactResume, _Host):
     """Makes checkpoints of a LightningModule hold adapters only, and resume exactly or not at all.
 
     Put it before ``LightningModule``, and call :func:`~lightning_peft.inject` in ``configure_model``::
@@ -42,11 +36,11 @@ class PEFTMixin(_Host):
                     inject(self.model, LoRA(rank=8), ["query", "value"])
 
     Left out of ``state_dict`` is the frozen base of every model that :func:`inject` was called on. What else the module
-    holds, such as a head of its own, is saved as always.
-    """
+    holds is saved as always: a head of its own, and parameters of the base that were unfrozen after :func:`inject`.
+    A hook of this class that you override must call ``super()``.
 
-    _resume_rng: dict[str, Any] | None = None
-    _resume_rng_mid_epoch = False
+    A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`.
+    """
 
     @property
     def strict_loading(self) -> bool:
@@ -61,7 +55,9 @@ class PEFTMixin(_Host):
                 "adapters are compared strictly in on_load_checkpoint"
             )
 
-    def state_dict(
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(  # type: ignore[override]
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
         """Return the state without the frozen base of adapted models."""
@@ -71,31 +67,64 @@ class PEFTMixin(_Host):
             )
             return nested
         state: dict[str, Any] = super().state_dict(prefix=prefix, keep_vars=True)
-        base = {id(tensor) for root in adapted_roots(self) for tensor in _base_tensors(root)}
-        kept = {key: value for key, value in state.items() if id(value) not in base}
-        return (
-            kept
-            if keep_vars
-            else {key: value.detach() if isinstance(value, Tensor) else value for key, value in kept.items()}
-        )
+        is_base = self._base_filter(prefix)
+        for key in list(state):
+            if is_base(key, state[key]):
+                del state[key]
+            elif not keep_vars and isinstance(state[key], Tensor):
+                state[key] = state[key].detach()
+        return state
 
     def full_state_dict(self) -> dict[str, Any]:
         """Return the whole state, the frozen base included."""
         full: dict[str, Any] = super().state_dict()
         return full
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what :meth:`state_dict` or :meth:`full_state_dict` returned.
+
+        Raises:
+            CheckpointMismatchError: with ``strict``, if a key of :meth:`state_dict` is missing or one is unknown.
+        """
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        own = self.state_dict().keys()
+        missing = [key for key in found.missing_keys if key in own]
+        if strict and (missing or found.unexpected_keys):
+            raise CheckpointMismatchError(
+                f"the state_dict does not fit this {type(self).__name__}. Missing: {missing[:5]} ({len(missing)}); "
+                f"not expected: {found.unexpected_keys[:5]} ({len(found.unexpected_keys)})"
+            )
+        return type(found)(missing, found.unexpected_keys)
+
+    def _base_filter(self, prefix: str) -> Callable[[str, Any], bool]:
+        """Return a test for the entries of a state dict that belong to the frozen base of an adapted model."""
+        roots = adapted_roots(self)
+        frozen = {id(tensor) for root in roots for tensor in _frozen_tensors(root)}
+        known = {id(tensor) for tensor in [*self.parameters(), *self.buffers()]}
+        base = {id(unwrapped(module)) for root in roots for _, module in base_modules(root)}
+        owners = {  # state dicts leave out the name that activation checkpointing adds
+            prefix + path.replace("_checkpoint_wrapped_module.", ""): module for path, module in self.named_modules()
+        }
+
+        def is_base(key: str, value: Any) -> bool:
+            if id(value) in known:
+                return id(value) in frozen
+            # Neither a parameter nor a buffer: what a module adds itself, such as the scales of a quantised weight.
+            owner = key
+            while "." in owner:
+                owner = owner.rpartition(".")[0]
+                if owner in owners:
+                    return id(owners[owner]) in base
+            return False
+
+        return is_base
+
     # -- checkpoint ------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what :meth:`on_load_checkpoint` compares, and the state of the random number generators."""
+        """Add what :meth:`on_load_checkpoint` compares."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[MANIFEST] = {
-            "version": _VERSION,
-            "tensors": self._shapes(),
-            "adapters": self._adapters(),
-            "base": {path: to_json(root) for path, root in self._roots().items()},
-            "rng": _rng_state(),
-        }
+        checkpoint[MANIFEST] = make_manifest(self, self.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the adapters and the base with those of the checkpoint.
@@ -103,154 +132,16 @@ class PEFTMixin(_Host):
         Raises:
             CheckpointMismatchError: they are not the same; the message lists both sides.
         """
+        check_manifest(checkpoint, self, self.state_dict())
         super().on_load_checkpoint(checkpoint)
-        manifest = checkpoint.get(MANIFEST)
-        if not isinstance(manifest, dict):
-            raise CheckpointMismatchError(
-                f"the checkpoint has no {MANIFEST!r} entry, so it was not saved by a module with adapters; it holds {sorted(checkpoint)}"
-            )
-        if manifest.get("version") != _VERSION:
-            raise CheckpointMismatchError(
-                f"the checkpoint has manifest version {manifest.get('version')!r}; this version reads {_VERSION}"
-            )
-        _compare_adapters(manifest["adapters"], self._adapters())
-        _compare_tensors(manifest["tensors"], self._shapes(), "the module")
-        if "state_dict" in checkpoint:
-            stored = {
-                key: list(value.shape) for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)
-            }
-            _compare_tensors(manifest["tensors"], stored, "the checkpoint's own state_dict")
-        for path, root in self._roots().items():
-            _compare_base(manifest["base"].get(path) or {}, root)
-        self._resume_rng = manifest["rng"]
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-        self._resume_rng_mid_epoch = not progress.get("is_last_batch", True)
-
-    def on_train_start(self) -> None:
-        """Restore the random number generators when a run resumes between two epochs."""
-        super().on_train_start()
-        if not self._resume_rng_mid_epoch:
-            self._restore_rng()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """Restore the random number generators when a run resumes within an epoch.
-
-        Starting the data loader anew draws random numbers that the uninterrupted run drew at the start of the epoch,
-        so this comes after it.
-        """
-        if self._resume_rng is not None:
-            self._restore_rng()
-        return super().on_train_batch_start(batch, batch_idx)
-
-    def _restore_rng(self) -> None:
-        if self._resume_rng is not None:
-            _set_rng_state(self._resume_rng)
-            self._resume_rng = None
-
-    def _shapes(self) -> dict[str, list[int]]:
-        return {key: list(value.shape) for key, value in self.state_dict().items() if isinstance(value, Tensor)}
-
-    def _roots(self) -> dict[str, nn.Module]:
-        paths = {id(module): path for path, module in self.named_modules()}
-        return {paths[id(root)]: root for root in adapted_roots(self)}
-
-    def _adapters(self) -> dict[str, dict[str, Any]]:
-        return {
-            f"{path}:{name}": {
-                "method": injection.method.name,
-                "fields": injection.method.to_config(),
-                "places": injection.paths,
-            }
-            for path, root in self._roots().items()
-            for name, injection in records(root).items()
-        }
 
 
-def _base_tensors(root: nn.Module) -> list[Tensor]:
-    """Return every parameter and buffer of the base of an adapted model."""
-    return [
-        tensor
-        for _, module in base_modules(root)
-        for tensor in [*unwrapped(module).parameters(recurse=False), *unwrapped(module).buffers(recurse=False)]
-    ]
-
-
-def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    if stored.keys() != here.keys():
-        raise CheckpointMismatchError(
-            f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
-        )
-    for name, held in stored.items():
-        for label in ("method", "fields", "places"):
-            if held[label] != here[name][label]:
-                both = _first_difference(held[label], here[name][label])
-                raise CheckpointMismatchError(
-                    f"adapter {name!r}: {label} of the checkpoint and of the module differ: {both}. Resume with the settings of the "
-                    "checkpoint, or start a new run from its adapter folder"
-                )
-
-
-def _first_difference(stored: Any, here: Any) -> str:
-    if isinstance(stored, dict) and isinstance(here, dict):
-        key = next(key for key in sorted(stored.keys() | here.keys()) if stored.get(key) != here.get(key))
-        return f"{key} was {stored.get(key)!r} and is {here.get(key)!r}"
-    return f"was {stored!r} and is {here!r}"
-
-
-def _compare_tensors(stored: Mapping[str, Any], here: Mapping[str, Any], whose: str) -> None:
-    missing, extra = sorted(stored.keys() - here.keys()), sorted(here.keys() - stored.keys())
-    shapes = [
-        f"{key} {stored[key]} and {here[key]}"
-        for key in sorted(stored.keys() & here.keys())
-        if stored[key] != here[key]
-    ]
-    if missing or extra or shapes:
-        raise CheckpointMismatchError(
-            f"the tensors listed in the checkpoint and those of {whose} are not the same. Only listed: {missing[:5]} ({len(missing)}); "
-            f"only in {whose}: {extra[:5]} ({len(extra)}); other shapes: {shapes[:5]} ({len(shapes)})"
-        )
-
-
-def _compare_base(stored: Mapping[str, Any], root: nn.Module) -> None:
-    here = base_fingerprint(root)
-    if here is None or not stored.get("tensors"):
-        return
-    before = Fingerprint(stored["tensors"])
-    different = before.differences(here, quantized_names(root) | frozenset(stored["quantized"]))
-    if different:
-        raise CheckpointMismatchError(
-            f"the checkpoint was trained over a base with fingerprint {before.digest}, this base has {here.digest}: "
-            f"{len(different)} parameters differ, first {different[0]!r}"
-        )
-
-
-def _rng_state() -> dict[str, Any]:
-    """Return the state of the generators of python, numpy and torch in types that a weights-only load accepts."""
-    import numpy as np
-
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": [
-            kind,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    import numpy as np
-
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if len(state["cuda"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        for device, value in enumerate(state["cuda"]):
-            torch.cuda.set_rng_state(value.cpu(), device)
+def _frozen_tensors(root: nn.Module) -> list[Tensor]:
+    """Return the frozen parameters of the base of an adapted model, and the buffers of modules that are not trained."""
+    found: list[Tensor] = []
+    for _, module in base_modules(root):
+        parameters = list(unwrapped(module).parameters(recurse=False))
+        found += [parameter for parameter in parameters if not parameter.requires_grad]
+        if not any(parameter.requires_grad for parameter in parameters):
+            found += unwrapped(module).buffers(recurse=False)
+    return found

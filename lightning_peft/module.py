@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -131,14 +131,15 @@ class PEFTModule(PEFTMixin, LightningModule):
             assert self.method is not None
             inject(model, self.method, self.targets, name=self.adapter_name)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
-        self.model = model.train()
+        self.model = model
+        self.train()
 
     @override
     def train(self, mode: bool = True) -> PEFTModule:
-        """Set the mode; batch normalisation with frozen weights stays in eval mode, so that its statistics do too."""
+        """Set the mode; normalisation with frozen weights stays in eval mode, so that its running statistics stay, too."""
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
                 p.requires_grad for p in module.parameters()
             ):
                 module.training = False
@@ -168,7 +169,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         """Return the loss of a batch: the one given, or the model's own."""
         if self.loss is not None:
             return self.loss(outputs, _target(batch))
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        loss = _field(outputs, "loss")
         if not isinstance(loss, Tensor):
             raise ConfigError(
                 f"{type(self.model).__name__} returned {type(outputs).__name__} without a loss; put 'labels' into the batch, or give "
@@ -199,26 +200,33 @@ class PEFTModule(PEFTMixin, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the logits of a batch, or whatever the model returns where there are none."""
         outputs = self.predict_outputs(batch)
-        logits = getattr(outputs, "logits", None)
+        logits = _field(outputs, "logits")
         return outputs if logits is None else logits
 
     def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         outputs = self.predict_outputs(batch)
         loss = self.compute_loss(outputs, batch).detach()
-        labels = _labels(batch) if self.loss is None else None
-        count = int((labels[:, 1:] != IGNORED).sum()) if labels is not None else _rows(batch)
-        if count == 0:
+        tokens = self._tokens(outputs, batch) if self.loss is None else None
+        metrics = self._metrics_for(stage, dataloader_idx, with_tokens=tokens is not None)
+        if tokens is None:
+            metrics["loss"].update(loss, weight=_rows(batch))
             return
-        metrics = self._metrics_for(stage, dataloader_idx, with_tokens=labels is not None)
-        metrics["loss"].update(loss, weight=count)
-        if labels is not None:
+        predicted, wanted = tokens
+        counted = wanted != IGNORED
+        if count := int(counted.sum()):
+            metrics["loss"].update(loss, weight=count)
             metrics["perplexity"].update(loss, weight=count)
-            predicted, wanted = (
-                outputs.logits[:, -labels.shape[1] :][:, :-1].argmax(-1),
-                labels[:, 1:],
-            )  # (batch, seq - 1)
-            right = ((predicted == wanted) & (wanted != IGNORED)).sum() / count
-            metrics["token_accuracy"].update(right, weight=count)
+            metrics["token_accuracy"].update(((predicted == wanted) & counted).sum() / count, weight=count)
+
+    def _tokens(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """Return predicted and wanted tokens, both (batch, seq), of a language model; None for any other."""
+        labels, logits = _labels(batch), _field(outputs, "logits")
+        if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
+            return None
+        predicted = logits[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return predicted, labels
+        return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
 
     def _metrics_for(self, stage: str, dataloader_idx: int, *, with_tokens: bool) -> Mapping[str, Metric]:
         key = f"{stage}-{dataloader_idx}"
@@ -247,9 +255,9 @@ class PEFTModule(PEFTMixin, LightningModule):
             values = self.metrics[key].compute()  # type: ignore[operator]
             for metric, value in values.items():
                 if index == 0:
-                    self.log(f"{stage}_{metric}", value, prog_bar=metric == "loss")
+                    self.log(f"{stage}_{metric}", value, prog_bar=metric == "loss", sync_dist=True)
                 if len(kept) > 1:
-                    self.log(f"{stage}_{metric}/{names[index] if index < len(names) else index}", value)
+                    self.log(f"{stage}_{metric}/{names[index] if index < len(names) else index}", value, sync_dist=True)
             self.metrics[key].reset()  # type: ignore[operator]
 
     # -- optimisation ----------------------------------------------------------------------------------------------
@@ -261,7 +269,10 @@ class PEFTModule(PEFTMixin, LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.lr_interval}}
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, ReduceLROnPlateau):  # advances with a measurement, so once an epoch
+            config |= {"interval": "epoch", "monitor": scheduler.monitor}
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
 
     @override
     def configure_callbacks(self) -> list[Callback]:
@@ -292,8 +303,13 @@ def _target(batch: Any) -> Any:
 
 def _labels(batch: Any) -> Tensor | None:
     """Return the token labels (batch, seq) of a language-model batch, or None."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch if isinstance(batch, Tensor) else None
-    return labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    labels = batch.get("labels") if isinstance(batch, Mapping) else batch
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
+
+
+def _field(outputs: Any, name: str) -> Any:
+    """Return a field of what a model returned, or None."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def _rows(batch: Any) -> int:

@@ -6,9 +6,12 @@ broken, and never takes anything else down; asking for what it should have provi
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +30,8 @@ from lightning_peft.errors import (
     UnknownNameError,
     did_you_mean,
 )
+from lightning_peft.families import GENERIC, ModelFamily
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
-from lightning_peft.targets import GENERIC, ModelFamily
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
@@ -50,6 +53,7 @@ _KINDS: dict[str, tuple[str, type]] = {
     "register_eval_tasks": ("evaluation task", EvalTask),
     "register_exporters": ("exporter", Exporter),
 }
+_HOOKS = (*_KINDS, "resolve_model_family")
 
 
 @dataclass
@@ -61,15 +65,21 @@ class PluginInfo:
     builtin: bool = False
     provides: dict[str, list[str]] = field(default_factory=dict)
     """Kind (``method``, ``quantizer``, ...) to names."""
+    complete: bool = False
+    """Whether ``provides`` is all the plugin has: every hook was called and gave what it should."""
     error: BaseException | None = None
     """Why the plugin is broken, or None."""
     hints: tuple[str, ...] = ()
     """Names the plugin may have provided: of its distribution and entry point."""
 
     @property
-    def names(self) -> list[str]:
-        """Every name the plugin provides or was going to provide."""
-        return [name for names in self.provides.values() for name in names]
+    def cause(self) -> str:
+        """Why the plugin is broken, in one line without its source."""
+        return _cause(self.error).removeprefix(f"{self.source}: ")
+
+    def meant_to_provide(self, kind: str, name: str) -> bool:
+        """Tell whether the plugin is known to provide ``name``, or is called so itself."""
+        return name in self.provides.get(kind, ()) or _normal(name) in map(_normal, self.hints)
 
 
 class Registry:
@@ -129,21 +139,17 @@ class Registry:
         """Return what is registered under ``name``; ``kind`` is ``method``, ``quantizer``, ``model family``, ...
 
         Raises:
-            PluginLoadError: a broken plugin should, or may, have provided it.
+            PluginLoadError: a broken plugin should have provided it; or may have, and no registered name is like it.
             UnknownNameError: nothing provides it.
         """
+        if kind not in self._items:
+            raise UnknownNameError(f"unknown kind {kind!r}; the kinds are: {', '.join(self._items)}")
         items = self._items[kind]
         if name in items:
             return items[name]
-        suspects = [p for p in self.broken if name in p.names or name in p.hints or not p.names]
-        if suspects:
-            causes = "; ".join(f"{p.source}: {_cause(p.error)}" for p in suspects)
-            raise PluginLoadError(
-                f"{kind} {name!r} is not registered, and these plugins, which may provide it, are broken: {causes}"
-            ) from suspects[0].error
-        raise UnknownNameError(
-            f"unknown {kind} {name!r}{did_you_mean(name, items) or '.'} Registered: {', '.join(sorted(items)) or 'none'}"
-        )
+        hint = did_you_mean(name.lower(), items)
+        registered = f"{hint or '.'} Registered: {', '.join(sorted(items)) or 'none'}"
+        raise self._missing(kind, name.lower(), f"unknown {kind} {name!r}{registered}", bool(hint))
 
     def method(self, name: str) -> type[Method]:
         """Return the method class registered as ``name``."""
@@ -155,24 +161,35 @@ class Registry:
             if method.peft_type == peft_type:
                 return method
         known = sorted(method.peft_type for method in self.methods.values() if method.peft_type)
-        raise UnknownNameError(
-            f"no registered method reads HF PEFT's type {peft_type!r}{did_you_mean(peft_type, known) or '.'} "
-            f"Types that are read: {', '.join(known)}"
-        )
+        hint = did_you_mean(peft_type, known)
+        read = f"{hint or '.'} Types that are read: {', '.join(known)}"
+        unknown = f"no registered method reads HF PEFT's type {peft_type!r}{read}"
+        raise self._missing("method", peft_type.lower(), unknown, bool(hint))
+
+    def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
+        """Return the error for a name nobody registered: ``unknown``, or that a broken plugin provides it."""
+        certain = [plugin for plugin in self.broken if plugin.meant_to_provide(kind, name)]
+        possible = certain or [plugin for plugin in self.broken if not plugin.complete]
+        causes = "; ".join(f"{plugin.source}: {plugin.cause}" for plugin in possible)
+        if certain or (possible and not misspelt):
+            error = PluginLoadError(
+                f"{kind} {name!r} is not registered, and plugins that may have it are broken: {causes}"
+            )
+            error.__cause__ = possible[0].error
+            return error
+        return UnknownNameError(f"{unknown}. Plugins that may have it are broken: {causes}" if causes else unknown)
 
     def resolve_family(self, model: nn.Module) -> ModelFamily:
         """Return the family of ``model``; the generic one where no plugin knows it."""
-        # In pluggy's order of calling: last registered first, `trylast` at the end.
+        # In pluggy's order of calling: last registered first, `trylast` at the end. One by one, as any may be broken.
         for impl in reversed(self._manager.hook.resolve_model_family.get_hookimpls()):
-            plugin = self._info(impl.plugin_name)
-            if plugin.error is not None:
-                continue
+            plugin = next(plugin for plugin in self.plugins if plugin.source == impl.plugin_name)
+            where = f"{plugin.source}: resolve_model_family()"
             try:
-                arguments: dict[str, Any] = {"model": model, "families": dict(self.model_families)}
-                family = impl.function(*(arguments[name] for name in impl.argnames))
+                family = _call(impl, where, model=model, families=dict(self.model_families))
                 if family is not None and not isinstance(family, ModelFamily):
-                    raise TypeError(f"resolve_model_family must return a ModelFamily or None, got {family!r}")
-            except Exception as error:
+                    raise PluginError(f"{where} must return a ModelFamily or None, got {family!r}")
+            except (Exception, SystemExit) as error:
                 if plugin.builtin:
                     raise
                 self._break(plugin, error)
@@ -184,39 +201,37 @@ class Registry:
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def register(self, plugin: object) -> None:
-        """Register a plugin of the running program: a module or an object with hook implementations.
+        """Register a plugin of the running program, wholly or not at all: a module or an object with hooks.
 
         Raises:
-            PluginConflictError: a name it registers is taken.
+            PluginConflictError: it, or a name it registers, is registered already.
             PluginError: its hooks are wrong.
         """
-        source = getattr(plugin, "__name__", None) or type(plugin).__qualname__
-        self._add(plugin, PluginInfo(source=str(source)))
+        source = str(getattr(plugin, "__name__", None) or type(plugin).__qualname__)
+        if self._manager.is_registered(plugin) or self._manager.has_plugin(source):
+            raise PluginConflictError(f"a plugin {source!r} is registered already; register each once, by its own name")
+        self._add(plugin, PluginInfo(source=source))
 
     def _load_entry_points(self) -> None:
+        found: dict[tuple[str, ...], metadata.EntryPoint] = {}
+        for point in metadata.entry_points(group=hookspecs.PROJECT):
+            found.setdefault((_normal(_distribution(point)[0]), _normal(point.name), point.value), point)
         allowed = os.environ.get(ALLOW_LIST_VARIABLE)
         names = None if allowed is None else {_normal(name) for name in allowed.split(",") if name.strip()}
-        found: dict[tuple[str, str], metadata.EntryPoint] = {}
-        for entry_point in metadata.entry_points(group=hookspecs.PROJECT):
-            found.setdefault((entry_point.name, entry_point.value), entry_point)
-        if names:
-            present = {_normal(word) for point in found.values() for word in (_distribution(point)[0], point.name)}
-            for name in sorted(names - present):
-                warnings.warn(
-                    f"{ALLOW_LIST_VARIABLE} names {name!r}, but no installed package has such a plugin",
-                    LightningPEFTWarning,
-                    stacklevel=2,
-                )
-        for entry_point in found.values():
-            distribution, version = _distribution(entry_point)
-            if names is not None and not {_normal(distribution), _normal(entry_point.name)} & names:
+        for name in sorted((names or set()) - {word for key in found for word in key[:2]}):
+            _warn(f"{ALLOW_LIST_VARIABLE} names {name!r}, but no installed package has such a plugin")
+        for key, point in sorted(found.items(), key=lambda item: item[0]):  # the order on disk decides nothing
+            if names is not None and not names & set(key[:2]):
                 continue
+            distribution, version = _distribution(point)
             info = PluginInfo(
-                source=f"{distribution} {version} ({entry_point.name} = {entry_point.value})",
-                hints=(entry_point.name, distribution, _normal(distribution).removeprefix("lightning-peft-")),
+                source=f"{distribution} {version} ({point.name} = {point.value})",
+                hints=(point.name, distribution, key[0].removeprefix("lightning-peft-")),
             )
             try:
-                self._add(entry_point.load(), info)
+                plugin = point.load()
+                if not self._manager.is_registered(plugin):  # a second entry point may name the same module
+                    self._add(plugin, info)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # a plugin may even call sys.exit() while it is imported
@@ -224,63 +239,75 @@ class Registry:
 
     def _add(self, plugin: object, info: PluginInfo) -> None:
         """Register ``plugin`` wholly or not at all."""
-        if self._manager.is_registered(plugin):
-            raise PluginConflictError(f"{info.source} is registered already")
+        self._check_hooks(plugin, info.source)
         try:
             self._manager.register(plugin, name=info.source)
-            self._manager.check_pending()
             items = self._collect(plugin, info)
         except BaseException as error:
-            if self._manager.is_registered(plugin):
-                self._manager.unregister(plugin)
+            if self._manager.has_plugin(info.source):
+                self._manager.unregister(name=info.source)
             if isinstance(error, pluggy.PluginValidationError):
-                raise PluginError(f"{info.source}: {error}") from error
-            if isinstance(error, ValueError) and not isinstance(error, PluginError):
-                raise PluginError(f"{info.source}: {error}") from error
+                raise PluginError(f"{info.source}: {'; '.join(str(error).splitlines())}") from error
             raise
         for (kind, name), item in items.items():
             self._items[kind][name] = item
             self._owner[kind, name] = info.source
-        if info not in self.plugins:
-            self.plugins.append(info)
+        self.plugins.append(info)
+
+    def _check_hooks(self, plugin: object, source: str) -> None:
+        """Refuse what pluggy lets pass: functions that nobody would call, and wrappers."""
+        marked = 0
+        for name in dir(plugin):
+            options = self._manager.parse_hookimpl_opts(plugin, name)
+            hook = (options and options.get("specname")) or name
+            fault = None
+            if options is None:
+                fault = "has the name of a hook but no mark; decorate it with @hookimpl" if name in _HOOKS else None
+            elif hook not in _HOOKS and not options.get("optionalhook"):
+                hint = did_you_mean(hook, _HOOKS) or "."
+                fault = f"implements the unknown hook {hook!r}{hint} The hooks are: {', '.join(_HOOKS)}"
+            elif options.get("wrapper") or options.get("hookwrapper"):
+                fault = "is a hook wrapper, which would change what other plugins register; make it a plain @hookimpl"
+            if fault:
+                raise PluginError(f"{source}: {name} {fault}")
+            marked += options is not None
+        if not marked:
+            raise PluginError(f"{source}: no function is marked with @hookimpl. The hooks are: {', '.join(_HOOKS)}")
 
     def _collect(self, plugin: object, info: PluginInfo) -> dict[tuple[str, str], Any]:
+        """Call the hooks of ``plugin`` and return what they registered; nothing is kept yet."""
         items: dict[tuple[str, str], Any] = {}
-        faults: list[PluginError] = []
-        for hook_name, (kind, expected) in _KINDS.items():
-            impl = next((i for i in getattr(self._manager.hook, hook_name).get_hookimpls() if i.plugin is plugin), None)
-            if impl is None:
-                continue
-            where = f"{info.source}: {hook_name}()"
-            for item in _checked(impl.function(), expected, kind, where):
-                name = item.name
-                info.provides.setdefault(kind, []).append(name)
-                if (kind, name) in self._owner or (kind, name) in items:
-                    other = self._owner.get((kind, name), info.source)
-                    faults.append(
-                        PluginConflictError(
-                            f"{where} registers the {kind} {name!r}, which {other} has registered already; rename one of them"
+        conflicts: list[str] = []
+        for hook, (kind, expected) in _KINDS.items():
+            where = f"{info.source}: {hook}()"
+            for impl in getattr(self._manager.hook, hook).get_hookimpls():
+                if impl.plugin is not plugin:
+                    continue
+                for item in _checked(_call(impl, where), expected, kind, where):
+                    key, taken = (kind, item.name), f"{where} registers the {kind} {item.name!r}"
+                    if key in items:
+                        conflicts.append(f"{taken} twice; rename one of them")
+                    elif key in self._owner:
+                        conflicts.append(
+                            f"{taken}, which {self._owner[key]} has registered already; rename one of them"
                         )
-                    )
-                items[kind, name] = item
-        if faults:
-            raise faults[0]
+                    items[key] = item
+                    info.provides.setdefault(kind, []).append(item.name)
+        info.complete = True
+        if conflicts:
+            raise PluginConflictError("; ".join(conflicts))
         return items
 
     def _break(self, info: PluginInfo, error: BaseException) -> None:
+        """Take out what a plugin registered, remember why, and tell the user once."""
         info.error = error
         if info not in self.plugins:
             self.plugins.append(info)
-        for kind, names in info.provides.items():
-            for name in names:
-                if self._owner.get((kind, name)) == info.source:
-                    del self._items[kind][name], self._owner[kind, name]
-        warnings.warn(
-            f"the plugin {info.source} is broken and was left out: {_cause(error)}", LightningPEFTWarning, stacklevel=2
-        )
-
-    def _info(self, source: str) -> PluginInfo:
-        return next(plugin for plugin in self.plugins if plugin.source == source)
+        if self._manager.has_plugin(info.source):
+            self._manager.unregister(name=info.source)
+        for kind, name in [key for key, source in self._owner.items() if source == info.source]:
+            del self._items[kind][name], self._owner[kind, name]
+        _warn(f"the plugin {info.source} is broken and was left out: {info.cause}")
 
 
 @functools.cache
@@ -289,36 +316,63 @@ def get_registry() -> Registry:
     return Registry()
 
 
-def _checked(result: Any, expected: type, kind: str, where: str) -> Iterable[Any]:
-    """Return what a hook returned as a list, every item checked."""
-    if isinstance(result, (str, bytes)) or not isinstance(result, Iterable):
-        raise PluginError(f"{where} must return a list, got {result!r}")
-    items = list(result)
+def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
+    """Call one implementation of a hook with those of ``arguments`` that it takes."""
+    try:
+        result = impl.function(*(arguments[name] for name in impl.argnames))
+        plain = isinstance(result, (str, bytes)) or not isinstance(result, Iterable)
+        return result if plain else list(result)  # as a generator may fail too
+    except Exception as error:
+        raise PluginError(f"{where} raised {_cause(error)}") from error
+
+
+def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
+    """Return what a hook returned, every item checked."""
+    if not isinstance(items, list):
+        raise PluginError(f"{where} must return a list, got {items!r}")
+    wants_class = expected is not ModelFamily
     for item in items:
-        wants_class = expected is not ModelFamily
         fits = isinstance(item, type) and issubclass(item, expected) if wants_class else isinstance(item, expected)
         if not fits:
-            raise PluginError(
-                f"{where} must return {'subclasses' if wants_class else 'instances'} of {expected.__name__}, got {item!r}"
-            )
+            what = "subclasses" if wants_class else "instances"
+            raise PluginError(f"{where} must return {what} of {expected.__name__}, got {item!r}")
         name = getattr(item, "name", None)
-        if not isinstance(name, str) or not name.isidentifier() or name != name.lower():
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z_][a-z0-9_]*", name):
             raise PluginError(f"{where}: the {kind} {item!r} needs a lower-case identifier as its name, found {name!r}")
         abstract = sorted(getattr(item, "__abstractmethods__", ()))
         if abstract:
             raise PluginError(f"{where}: {kind} {name!r} does not implement {', '.join(abstract)}")
-        if wants_class and ("__dataclass_fields__" not in vars(item) or not item.__dataclass_params__.frozen):
+        if wants_class and not _is_frozen_dataclass(item):
             raise PluginError(f"{where}: {kind} {name!r} must be decorated with @dataclass(frozen=True, kw_only=True)")
     return items
 
 
+def _is_frozen_dataclass(kind: type) -> bool:
+    own = vars(kind)
+    if "__dataclass_fields__" not in own or not own["__dataclass_params__"].frozen:
+        return False
+    return all(part.kw_only for part in dataclasses.fields(kind) if part.init)
+
+
 def _cause(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}"
+    try:
+        text = str(error)
+    except Exception:  # the error's own __str__ is broken
+        text = "(its message cannot be shown)"
+    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
 
 
-def _distribution(entry_point: metadata.EntryPoint) -> tuple[str, str]:
-    return (entry_point.dist.name, entry_point.dist.version) if entry_point.dist else ("unknown distribution", "?")
+def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
+    with contextlib.suppress(Exception):  # METADATA may be missing or damaged
+        if point.dist is not None:
+            return str(point.dist.name), str(point.dist.version)
+    return "a distribution without METADATA", "?"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, LightningPEFTWarning, stacklevel=3)
 
 
 def _normal(name: str) -> str:
-    return name.strip().lower().replace("_", "-")
+    """Return the name of a distribution or an entry point as package indexes compare them."""
+    return re.sub(r"[-_.]+", "-", name.strip().lower())

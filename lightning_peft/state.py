@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import fingerprint as fp
+from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
@@ -43,9 +44,10 @@ from lightning_peft.errors import (
     InjectionError,
     LightningPEFTError,
 )
+from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Slice, Target
 from lightning_peft.registry import get_registry
-from lightning_peft.surgery import Injection, active_adapters, delete_adapter, inject_at, record, set_active_adapters
+from lightning_peft.surgery import delete_adapter, inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 

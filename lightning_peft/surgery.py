@@ -10,12 +10,12 @@ import contextlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_layer import (
     AdapterLayer,
     adapter_layers,
@@ -33,31 +33,14 @@ from lightning_peft.errors import (
     MergeError,
     TargetError,
 )
+from lightning_peft.families import ModelFamily
+from lightning_peft.injection import Injection, records
 from lightning_peft.interfaces import Method, Target
 from lightning_peft.registry import get_registry
-from lightning_peft.targets import ModelFamily, Targets, matches, resolve_targets
+from lightning_peft.targets import Targets, matches, resolve_targets
 
-_RECORDS = "_lightning_peft_adapters"
-"""Attribute of an adapted model: adapter name to :class:`Injection`."""
 _NESTED = "_lightning_peft_use_nested_tensor"
 """Attribute of an adapted ``nn.TransformerEncoder``: its own ``use_nested_tensor``."""
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What was put into a model under one name."""
-
-    method: Method
-    """The method, with its hyperparameters."""
-    targets: tuple[Target, ...]
-    """The places it adapts."""
-    family: str
-    """Name of the model family that gave the roles their meaning."""
-
-    @property
-    def paths(self) -> list[str]:
-        """Module paths of the places."""
-        return [target.path for target in self.targets]
 
 
 def inject(
@@ -150,64 +133,10 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     return injection
 
 
-def records(model: nn.Module) -> dict[str, Injection]:
-    """Return what was injected into ``model``, by adapter name."""
-    if _RECORDS not in model.__dict__:
-        model.__dict__[_RECORDS] = {}
-    found: dict[str, Injection] = model.__dict__[_RECORDS]
-    return found
-
-
-def record(model: nn.Module, name: str) -> Injection:
-    """Return what was injected as ``name``.
-
-    Raises:
-        AdapterNotFoundError: nothing was.
-    """
-    adapters_named(model, name)
-    if name not in records(model):
-        raise AdapterNotFoundError(
-            f"adapter {name!r} lives inside {type(model).__name__}, but was injected into a part of it: hand over that part"
-        )
-    return records(model)[name]
-
-
 def freeze(model: nn.Module) -> None:
     """Freeze every parameter of the base; those of adapters keep their state."""
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
-
-
-def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
-    """Make the adapters ``names`` the active ones; where several meet at one place they act one around the other.
-
-    For deltas such as LoRA's that is their sum. Adapters that are not active are not trained. An empty list leaves the
-    base alone.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapter of one of the names.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    layers = adapter_layers(model)
-    present = adapter_names(model)
-    for name in names:
-        if name not in present:
-            adapters_named(model, name)  # raises, saying what there is
-    for path, layer in layers.items():
-        here = [name for name in names if name in layer.adapters]
-        for name in here if len(here) > 1 else []:
-            held = records(model).get(name)
-            if held is not None and not held.method.composable:
-                raise InjectionError(
-                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; activate one of them"
-                )
-    for layer in layers.values():
-        layer.activate(names)
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the active adapters of ``model``."""
-    return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.active))
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -228,25 +157,6 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             _replace(layer.base_layer, parents[id(layer)])
     _keep_torch_encoders_calling(model)
     records(model).pop(name, None)
-
-
-@contextlib.contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Let ``model`` be the base, bit for bit, for the time of a ``with`` block; merged adapters are taken out too."""
-    layers = list(adapter_layers(model).values())
-    merged = [(layer, layer.merged) for layer in layers if layer.merged]
-    enabled = [(layer, layer._enabled) for layer in layers]
-    for layer, _ in merged:
-        layer.unmerge()
-    for layer in layers:
-        layer.enable(False)
-    try:
-        yield model
-    finally:
-        for layer, was_enabled in enabled:
-            layer.enable(was_enabled)
-        for layer, names in merged:
-            layer.merge(names)
 
 
 @contextlib.contextmanager
@@ -344,9 +254,21 @@ def _overrides(
                 raise TargetError(
                     f"{field}_pattern {word!r} matches none of the {len(targets)} adapted places, such as {targets[0].path!r}"
                 )
-            for path in hits:
-                overrides[path].setdefault(field, value)
+            for target in targets:
+                if target.path in hits:
+                    _refuse_part_of_slices(f"{field}_pattern {word!r}", word, target, family)
+                    overrides[target.path].setdefault(field, value)
     return overrides
+
+
+def _refuse_part_of_slices(what: str, word: str, target: Target, family: ModelFamily) -> None:
+    """Refuse a pattern that means one slice of a fused projection where several are adapted with one method."""
+    others = [part.role for part in target.slices if part.role != word]
+    if family.fused_for(word) is not None and word not in family.roles and others:
+        raise TargetError(
+            f"{what} is one slice of {target.path!r}, where {', '.join(others)} would get its value too; adapt the slices as adapters of "
+            "different names, or give the pattern for the whole module"
+        )
 
 
 def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -405,8 +327,3 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
             LightningPEFTWarning,
             stacklevel=3,
         )
-
-
-def adapted_roots(module: nn.Module) -> list[nn.Module]:
-    """Return every module inside ``module`` (itself included) that :func:`inject` was called on and that holds adapters."""
-    return [inner for inner in module.modules() if inner.__dict__.get(_RECORDS)]

@@ -2,9 +2,10 @@ r"""From the words a user writes to the modules of a model: roles, globs, regula
 
 A target is one of
 
-* a **role** of the model's family: ``query key value qkv output gate up down attention mlp block embedding head norm``,
-  or ``all_linear``, which every model has;
-* a **glob** on the module path: ``*.self_attn.q_proj``, or just its end: ``q_proj``;
+* a **role** of the model's family: ``query key value qkv output gate up gate_up down attention mlp block embedding head
+  norm``, or ``all_linear``, every linear layer but the head, which every model has;
+* a **glob** on the module path: ``*.self_attn.q_proj``, or just its end: ``q_proj``; a word that is no role of the family is
+  a glob too;
 * ``re:`` and a **regular expression** that must match the whole module path: ``re:.*\\.[0-3]\\.mlp\\..*``.
 
 Every target must match something. Where a model fuses several projections into one module (GPT-2's ``c_attn``), the
@@ -16,106 +17,16 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import ConfigError, TargetError, did_you_mean
+from lightning_peft.families import GENERIC, ModelFamily
 from lightning_peft.interfaces import Slice, Target
 
-Role = Literal[
-    "query", "key", "value", "qkv", "output", "gate", "up", "down",
-    "attention", "mlp", "block", "embedding", "head", "norm", "all_linear",
-]  # fmt: skip
-"""The roles a module can play in a model."""
-
-ROLES: tuple[str, ...] = get_args(Role)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fused:
-    """How one module computes several roles at once.
-
-    Example:
-        >>> Fused(role="qkv", parts={"query": "num_attention_heads", "key": "num_key_value_heads", "value": 1}).parts["value"]
-        1
-    """
-
-    role: str
-    """The role of the fused module itself."""
-    parts: Mapping[str, int | str]
-    """Role to share of the output features, in order: a number, or the configuration attribute that holds it."""
-    groups: int | str = 1
-    """In how many groups the parts are interleaved: a number, or the configuration attribute that holds it."""
-
-    def slices(self, roles: Sequence[str], features: int, config: object) -> tuple[Slice, ...]:
-        """Return the slices for ``roles`` of a module with ``features`` outputs in a model with ``config``."""
-
-        def number(value: int | str) -> int:
-            found = getattr(config, value, None) if isinstance(value, str) else value
-            if not isinstance(found, int) or found < 1:
-                raise TargetError(
-                    f"the fused role {self.role!r} needs the integer {value!r} of the configuration, found {found!r}"
-                )
-            return found
-
-        groups, shares = number(self.groups), {role: number(share) for role, share in self.parts.items()}
-        width, rest = divmod(features, groups)
-        unit, rest_of_unit = divmod(width, sum(shares.values()))
-        if rest or rest_of_unit:
-            raise TargetError(f"{features} output features do not divide into {groups} groups of parts {shares}")
-        slices, start = [], 0
-        for role, share in shares.items():
-            stop = start + share * unit
-            if role in roles:
-                slices.append(Slice(role=role, groups=groups, width=width, start=start, stop=stop))
-            start = stop
-        return tuple(slices)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFamily:
-    """Where the roles are in a family of models. Data only.
-
-    Example:
-        >>> family = ModelFamily(name="toy", roles={"query": ("*.attn.q",), "block": ("layers.*",)})
-        >>> family.globs("query")
-        ('*.attn.q',)
-    """
-
-    name: str
-    """The name of the family, such as ``llama``."""
-    model_types: tuple[str, ...] = ()
-    """Values of the ``model_type`` of a transformers configuration that belong to the family."""
-    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Role to globs on the module path. ``*`` stands for any run of characters but a dot in a family's globs."""
-    fused: tuple[Fused, ...] = ()
-    """Modules that play several roles at once."""
-
-    def __post_init__(self) -> None:
-        for role in [*self.roles, *(part for fused in self.fused for part in fused.parts)]:
-            if role not in ROLES:
-                raise ConfigError(f"family {self.name!r} has the unknown role {role!r}; roles are: {', '.join(ROLES)}")
-
-    def globs(self, role: str) -> tuple[str, ...]:
-        """Return the globs of ``role``, empty where the family has no module that plays it alone."""
-        return tuple(self.roles.get(role, ()))
-
-    def fused_for(self, role: str) -> Fused | None:
-        """Return the fused module that plays ``role`` as one of its parts, if any."""
-        return next((fused for fused in self.fused if role in fused.parts), None)
-
-    @property
-    def role_names(self) -> list[str]:
-        """Return all roles that can be targets in this family."""
-        parts = [part for fused in self.fused for part in fused.parts]
-        return [role for role in ROLES if role in self.roles or role in parts or role == "all_linear"]
-
-
-GENERIC = ModelFamily(name="generic")
-"""The family of a model nobody knows: ``all_linear``, globs and regular expressions still work."""
+_Hits = list[tuple[str, tuple[Slice, ...]]]  # the targets that match a place, with the slices each asks for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +65,12 @@ class Targets:
                     f"layers must be a list of numbers or a slice such as '4:8' or '-2:', got {self.layers!r}"
                 )
         elif self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            numbers = tuple(self.layers) if isinstance(self.layers, Sequence) else None
+            if numbers is None or not all(isinstance(number, int) for number in numbers):
+                raise ConfigError(
+                    f"layers must be a list of numbers or a slice such as '4:8' or '-2:', got {self.layers!r}"
+                )
+            object.__setattr__(self, "layers", numbers)
 
     @classmethod
     def of(cls, targets: str | Sequence[str] | Targets) -> Targets:
@@ -189,24 +105,22 @@ def resolve_targets(
     """
     spec = Targets.of(targets)
     search = _Search(model, family, supports, method)
-    found: dict[str, list[tuple[str, tuple[Slice, ...]]]] = {}
+    found: dict[str, _Hits] = {}
+    excluded: dict[str, _Hits] = {}
     for word in spec.include:
         for path, slices in search.find(word).items():
             found.setdefault(path, []).append((word, slices))
-    excluded = {path for word in spec.exclude for path in search.find(word, whole=True)}
+    for word in spec.exclude:
+        for path, slices in search.find(word, able=False).items():
+            excluded.setdefault(path, []).append((word, slices))
     kept_layers = _layers(spec.layers, search.modules) if spec.layers is not None else None
     result = []
     for path in search.modules:
-        if path not in found or path in excluded:
+        if path not in found or (kept_layers is not None and path not in kept_layers):
             continue
-        if kept_layers is not None and path not in kept_layers:
-            continue
-        hits = found[path]
-        whole = any(not slices for _, slices in hits)
-        union = (
-            () if whole else tuple(sorted({part for _, slices in hits for part in slices}, key=lambda part: part.start))
-        )
-        result.append(Target(path=path, slices=union, rule=hits[0][0]))
+        left = search.left(path, found[path], excluded.get(path, []))
+        if left is not None:
+            result.append(Target(path=path, slices=left, rule=found[path][0][0]))
     if not result:
         raise TargetError(
             f"{spec} leaves nothing to adapt in {type(model).__name__}: exclude or layers removed every match"
@@ -228,26 +142,56 @@ class _Search:
         self.model, self.family, self.supports, self.method = model, family, supports, method
         self.modules = {path: unwrapped(module) for path, module in base_modules(model) if path}
         self.config = getattr(model, "config", None)
+        # Module to the nn.MultiheadAttention around it, which computes with its weight and does not call it.
+        self.bypassed = {
+            f"{path}.{name}": path
+            for path, module in self.modules.items()
+            if type(module).forward is nn.MultiheadAttention.forward
+            for name, _ in module.named_children()
+        }
 
-    def find(self, word: str, *, whole: bool = False) -> dict[str, tuple[Slice, ...]]:
-        """Return path to slices for one target; with ``whole``, as an exclusion: every match, without slices."""
+    def find(self, word: str, *, able: bool = True) -> dict[str, tuple[Slice, ...]]:
+        """Return path to slices for one target: of what can be adapted, or of every match."""
         matched = self._candidates(word)
         if not matched:
             raise TargetError(self._nothing(word))
-        if whole:
-            return dict.fromkeys(matched, ())
-        able = [path for path in matched if self.supports(self.modules[path])]
-        exact = word not in ROLES and not word.startswith("re:") and not any(sign in word for sign in "*?[")
-        if not able or (exact and len(able) < len(matched)):
-            bad = next(path for path in matched if not self.supports(self.modules[path]))
-            raise TargetError(
-                f"target {word!r} matches {bad!r}, a {type(self.modules[bad]).__name__}, which {self.method} cannot adapt; "
-                "name the modules inside it, or another role"
+        chosen = [path for path in matched if not able or self._able(path)]
+        exact = (
+            word not in self.family.role_names
+            and not word.startswith("re:")
+            and not any(sign in word for sign in "*?[")
+        )
+        if not chosen or (exact and len(chosen) < len(matched)):
+            raise TargetError(self._unable(word, next(path for path in matched if path not in chosen)))
+        return {path: self._slices(word, path) for path in chosen}
+
+    def left(self, path: str, found: _Hits, excluded: _Hits) -> tuple[Slice, ...] | None:
+        """Return the slices to adapt of what was found and not excluded; none for the whole place, None for nothing."""
+        cut = {part for _, slices in excluded for part in slices}
+        if any(not slices for _, slices in excluded):
+            return None
+        if all(slices for _, slices in found):
+            kept = {part for _, slices in found for part in slices} - cut
+        elif excluded:
+            kept = set(self._slices(excluded[0][0], path, all_parts=True)) - cut
+        else:
+            return ()
+        return tuple(sorted(kept, key=lambda part: part.start)) or None
+
+    def _able(self, path: str) -> bool:
+        return self.supports(self.modules[path]) and path not in self.bypassed
+
+    def _unable(self, word: str, path: str) -> str:
+        what = f"target {word!r} matches {path!r}, a {type(self.modules[path]).__name__}, which"
+        if path in self.bypassed:
+            return (
+                f"{what} is never called: the nn.MultiheadAttention around it reads its weight; "
+                f"name that, {self.bypassed[path]!r}"
             )
-        return {path: self._slices(word, path) for path in able}
+        return f"{what} {self.method} cannot adapt; name the modules inside it, or another role"
 
     def _candidates(self, word: str) -> list[str]:
-        if word in ROLES:
+        if word in self.family.role_names:
             return self._by_role(word)
         if word.startswith("re:"):
             pattern = re.compile(word[3:])
@@ -263,10 +207,14 @@ class _Search:
         return [path for path in self.modules if any(pattern.fullmatch(path) for pattern in patterns)]
 
     def _all_linear(self) -> list[str]:
-        heads = set(self._by_role("head")) | {
-            path for path, module in self.modules.items() if module is self._output_embedding()
-        }
-        return [path for path, module in self.modules.items() if is_linear(module) and path not in heads]
+        output = self._output_embedding()
+        heads = [*self._by_role("head"), *(path for path, module in self.modules.items() if module is output)]
+        inside = tuple(f"{head}." for head in heads)
+        return [
+            path
+            for path, module in self.modules.items()
+            if is_linear(module) and path not in heads and not path.startswith(inside)
+        ]
 
     def _output_embedding(self) -> nn.Module | None:
         getter = getattr(self.model, "get_output_embeddings", None)
@@ -276,7 +224,7 @@ class _Search:
             return None
         return unwrapped(head) if isinstance(head, nn.Module) else None
 
-    def _slices(self, word: str, path: str) -> tuple[Slice, ...]:
+    def _slices(self, word: str, path: str, *, all_parts: bool = False) -> tuple[Slice, ...]:
         fused = self.family.fused_for(word)
         if fused is None or word in self.family.roles:
             return ()
@@ -286,11 +234,12 @@ class _Search:
             raise TargetError(
                 f"role {word!r} is a slice of {path!r}, whose output width is unknown: {type(module).__name__}"
             )
-        return fused.slices([word], features, getattr(self.config, "text_config", self.config))
+        roles = list(fused.parts) if all_parts else [word]
+        return fused.slices(roles, features, getattr(self.config, "text_config", self.config))
 
     def _nothing(self, word: str) -> str:
         last = sorted({path.rsplit(".", 1)[-1] for path in self.modules} - {str(number) for number in range(1000)})
-        hint = did_you_mean(word, [*last, *self.family.role_names]) or "."
+        hint = did_you_mean(word, {*last, *self.family.role_names} - {word}) or "."
         return (
             f"target {word!r} matches no module of {type(self.model).__name__}{hint} "
             f"Roles of family {self.family.name!r}: {', '.join(self.family.role_names)}. "
@@ -327,7 +276,7 @@ def _layers(layers: str | Sequence[int], paths: Mapping[str, nn.Module]) -> set[
     for path in paths:
         index = layer_index(path)
         if index is not None:
-            stacks.setdefault(f".{path}".split(f".{index}", 1)[0], {})[path] = index
+            stacks.setdefault(re.split(r"(?:^|\.)\d+(?:\.|$)", path, maxsplit=1)[0], {})[path] = index
     kept: set[str] = set()
     for stack in stacks.values():
         depth = max(stack.values()) + 1

@@ -296,3 +296,13 @@ def test_a_compiled_or_checkpointed_module_keeps_its_path(tmp_path):
     plain = Net().eval()
     load_adapter(plain, tmp_path)
     assert torch.equal(plain(IDS), out)
+
+
+def test_a_pattern_for_one_of_several_slices_of_a_fused_projection_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    with pytest.raises(TargetError, match="rank_pattern 'query' is one slice of 'transformer.h.0.attn.c_attn', where value would get its value too"):
+        inject(model, LoRA(rank=2, rank_pattern={"query": 4}), ["query", "value"])
+    inject(model, LoRA(rank=2, rank_pattern={"query": 4}), "query")
+    assert model.transformer.h[0].attn.c_attn.adapters["default"].rank == 4

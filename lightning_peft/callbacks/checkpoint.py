@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,17 +10,19 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.errors import AdapterNotFoundError
+from lightning_peft.injection import records
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.state import save_adapter
-from lightning_peft.surgery import adapted_roots, records
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Saves ``.ckpt`` files with adapters, optimizer and loops only, each with an adapter folder beside it.
 
     ``epoch=0-step=100.ckpt`` resumes the run; ``epoch=0-step=100.adapter/`` is what ``load_adapter`` and HF PEFT read. Where
-    a model holds several adapters, the folder has one sub-folder for each but ``default``. The arguments are those of
+    a model holds several adapters, the folder has one sub-folder for each but ``default``; where several models in the module
+    are adapted, one for each model. The arguments are those of
     ``lightning.pytorch.callbacks.ModelCheckpoint``, and ``monitor``, ``save_top_k`` and ``save_last`` work as there. The module
     must be a :class:`~lightning_peft.PEFTModule` or have :class:`~lightning_peft.PEFTMixin`, which keeps the base out.
     """
@@ -38,17 +41,51 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            folder = adapter_folder(filepath)
-            shutil.rmtree(folder, ignore_errors=True)
-            for root in adapted_roots(trainer.lightning_module):
-                for name in records(root):
-                    save_adapter(root, folder if name == "default" else folder / name, name=name)
+            assert isinstance(trainer.lightning_module, PEFTMixin)
+            _save_adapters(trainer.lightning_module, adapter_folder(filepath))
+
+    @staticmethod
+    @override
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        folder, link = adapter_folder(filepath), adapter_folder(linkpath)
+        if trainer.is_global_zero and folder.absolute() != link.absolute():
+            _delete(link)
+            try:
+                link.symlink_to(os.path.relpath(folder, link.parent), target_is_directory=True)
+            except OSError:  # where links need permissions, as on Windows
+                shutil.copytree(folder, link)
 
     @override
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            shutil.rmtree(adapter_folder(filepath), ignore_errors=True)
+            _delete(adapter_folder(filepath))
+
+
+def _save_adapters(module: PEFTMixin, folder: Path) -> None:
+    """Write every adapter of ``module`` to ``folder``, which is replaced only once all are written."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    _delete(temporary)
+    roots = roots_by_path(module)
+    try:
+        for path, root in roots.items():
+            inner = temporary / path if len(roots) > 1 else temporary
+            for name in records(root):
+                save_adapter(root, inner if name == "default" else inner / name, name=name)
+        _delete(folder)
+        if temporary.exists():
+            os.replace(temporary, folder)
+    except BaseException:
+        _delete(temporary)
+        raise
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def adapter_folder(checkpoint: str | Path) -> Path:
@@ -58,4 +95,5 @@ def adapter_folder(checkpoint: str | Path) -> Path:
         >>> str(adapter_folder("runs/last.ckpt"))
         'runs/last.adapter'
     """
-    return Path(checkpoint).with_suffix(".adapter")
+    path = Path(checkpoint)
+    return path.with_name(path.name.removesuffix(ModelCheckpoint.FILE_EXTENSION) + ".adapter")

@@ -17,8 +17,8 @@ class ResourceMonitor(Callback):
     """Logs ``tokens_per_second`` and ``peak_memory_mb`` of training, as often as the Trainer logs.
 
     Tokens are the elements of ``input_ids`` in a dict batch, or of a tensor batch; for other batches ``rows_per_second``
-    is logged instead. Memory is the most that was allocated on a GPU, or the largest resident set of the process. Time spent
-    in validation does not count.
+    is logged instead. Waiting for data counts, validation does not. Memory is the most that was allocated on a GPU, or
+    the largest resident set of the process.
     """
 
     def __init__(self) -> None:
@@ -28,28 +28,34 @@ class ResourceMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start measuring."""
-        self._count, self._seconds = 0, 0.0
+        self._count, self._seconds, self._started = 0, 0.0, time.perf_counter()
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
+        self._started = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out the time that validation took."""
         self._started = time.perf_counter()
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and log when it is time to."""
-        self._seconds += time.perf_counter() - self._started
+        """Count the batch, and log when the Trainer logs."""
+        now = time.perf_counter()
+        self._seconds, self._started = self._seconds + now - self._started, now
         self._unit, count = _size(batch)
         self._count += count
-        if (trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 1))) or not self._seconds:
+        if not trainer._logger_connector.should_update_logs:
             return
         pl_module.log_dict(
             {
-                f"{self._unit}_per_second": self._count / self._seconds,
+                f"{self._unit}_per_second": self._count / max(self._seconds, 1e-9),
                 "peak_memory_mb": peak_memory_mb(pl_module.device),
             },
             batch_size=1,

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_peft.families import Fused, ModelFamily
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.targets import Fused, ModelFamily
 
 # -- decoders ----------------------------------------------------------------------------------------------------------
 

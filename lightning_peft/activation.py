@@ -1,0 +1,63 @@
+"""Which adapters act: switch, sum, disable."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from lightning_peft.adapter_layer import adapter_layers, adapter_names, adapters_named
+from lightning_peft.errors import InjectionError
+from lightning_peft.injection import records
+
+
+def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make the adapters ``names`` the active ones; where several meet at one place they act one around the other.
+
+    For deltas such as LoRA's that is their sum. Adapters that are not active are not trained. An empty list leaves the
+    base alone.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of one of the names.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    layers = adapter_layers(model)
+    present = adapter_names(model)
+    for name in names:
+        if name not in present:
+            adapters_named(model, name)  # raises, saying what there is
+    for path, layer in layers.items():
+        here = [name for name in names if name in layer.adapters]
+        for name in here if len(here) > 1 else []:
+            held = records(model).get(name)
+            if held is not None and not held.method.composable:
+                raise InjectionError(
+                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; activate one of them"
+                )
+    for layer in layers.values():
+        layer.activate(names)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the active adapters of ``model``."""
+    return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.active))
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Let ``model`` be the base, bit for bit, for the time of a ``with`` block; merged adapters are taken out too."""
+    layers = list(adapter_layers(model).values())
+    merged = [(layer, layer.merged) for layer in layers if layer.merged]
+    enabled = [(layer, layer._enabled) for layer in layers]
+    for layer, _ in merged:
+        layer.unmerge()
+    for layer in layers:
+        layer.enable(False)
+    try:
+        yield model
+    finally:
+        for layer, was_enabled in enabled:
+            layer.enable(was_enabled)
+        for layer, names in merged:
+            layer.merge(names)

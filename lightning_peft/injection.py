@@ -1,0 +1,58 @@
+"""What was put into a model: noted on the model itself, by adapter name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.adapter_layer import adapters_named
+from lightning_peft.errors import AdapterNotFoundError
+from lightning_peft.interfaces import Method, Target
+
+_RECORDS = "_lightning_peft_adapters"
+"""Attribute of an adapted model: adapter name to :class:`Injection`."""
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What was put into a model under one name."""
+
+    method: Method
+    """The method, with its hyperparameters."""
+    targets: tuple[Target, ...]
+    """The places it adapts."""
+    family: str
+    """Name of the model family that gave the roles their meaning."""
+
+    @property
+    def paths(self) -> list[str]:
+        """Module paths of the places."""
+        return [target.path for target in self.targets]
+
+
+def records(model: nn.Module) -> dict[str, Injection]:
+    """Return what was injected into ``model``, by adapter name."""
+    if _RECORDS not in model.__dict__:
+        model.__dict__[_RECORDS] = {}
+    found: dict[str, Injection] = model.__dict__[_RECORDS]
+    return found
+
+
+def record(model: nn.Module, name: str) -> Injection:
+    """Return what was injected as ``name``.
+
+    Raises:
+        AdapterNotFoundError: nothing was.
+    """
+    adapters_named(model, name)
+    if name not in records(model):
+        raise AdapterNotFoundError(
+            f"adapter {name!r} lives inside {type(model).__name__}, but was injected into a part of it: hand over that part"
+        )
+    return records(model)[name]
+
+
+def adapted_roots(module: nn.Module) -> list[nn.Module]:
+    """Return every module inside ``module`` (itself included) that :func:`inject` was called on and that holds adapters."""
+    return [inner for inner in module.modules() if inner.__dict__.get(_RECORDS)]
