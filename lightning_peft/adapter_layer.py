@@ -6,7 +6,7 @@ Freezing, the trainable set, saved state, merging and disabling all derive from 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,10 +125,11 @@ class AdapterLayer(nn.Module):
         Raises:
             MergeError: one is merged already, cannot be merged, or would give non-finite weights. Nothing is changed then.
         """
-        names = [name for name in names if name in self.adapters]
+        # Innermost first, as they act in forward.
+        order = {name: place for place, name in enumerate(self._active)}
+        names = sorted((name for name in names if name in self.adapters), key=lambda name: order.get(name, len(order)))
         for name in names:
-            if name in self._merged:
-                raise MergeError(f"adapter {name!r} is merged already; a second merge would apply it twice")
+            self._check_mergeable(name, names, order)
         originals: dict[str, Tensor] = {}
         try:
             for name in names:
@@ -146,6 +147,17 @@ class AdapterLayer(nn.Module):
         self._originals = originals | self._originals
         self._merged += tuple(names)
         self._refresh()
+
+    def _check_mergeable(self, name: str, names: Sequence[str], order: Mapping[str, int]) -> None:
+        if name in self._merged:
+            raise MergeError(f"adapter {name!r} is merged already; a second merge would apply it twice")
+        for inner in self._active[: order.get(name, 0)]:
+            # Adapters of one kind (sums, or products) come in any order; of different kinds they do not.
+            if inner not in (*names, *self._merged) and type(self.adapters[inner]) is not type(self.adapters[name]):
+                raise MergeError(
+                    f"adapter {name!r} acts around {inner!r}, which is of another kind and not merged: merging only the outer one "
+                    f"would change the result; merge {inner!r} too, or first"
+                )
 
     @torch.no_grad()
     def unmerge(self) -> None:

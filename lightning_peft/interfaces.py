@@ -19,13 +19,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_peft.errors import AdapterConfigError, MergeError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightning_peft.families import ModelFamily
 
 
 @dataclass(frozen=True)
@@ -177,9 +180,12 @@ class Method(_Named, ABC):
         """Make the adapter for ``module``, which stands at ``target``. Values come from ``reset_parameters`` later."""
 
     def prepare(self, model: nn.Module) -> None:
-        """Change the base before adapters go in, for instance quantise it. Called once a model and method."""
+        """Change the base before adapters go in, for instance quantise it.
 
-    def expand(self, model: nn.Module, targets: Sequence[Target]) -> Sequence[Target]:
+        Called at every injection, so it must find a prepared base as it left it.
+        """
+
+    def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
         """Return all places the method adapts, given the resolved ``targets``; a subclass with a global view adds some."""
         return targets
 

@@ -116,7 +116,9 @@ class LowRankAdapter(Adapter):
             wide = torch.promote_types(torch.float32, weight.dtype)
             merged[name] = (weight.detach().to(wide) + delta.to(wide)).to(weight.dtype)
         if self.bias is not None:
-            merged["bias"] = self.bias.detach().to(base_layer.get_parameter("bias").dtype)
+            bias = base_layer.get_parameter("bias").detach()  # it may hold another merged adapter by now
+            change = (self.bias - self.base_bias).detach()  # type: ignore[operator]
+            merged["bias"] = (bias.to(change.dtype) + change).to(bias.dtype)
         return merged
 
 

@@ -75,7 +75,7 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     def __init__(
         self,
-        base: nn.Module | ModelLoader,
+        base: ModelLoader | nn.Module,
         method: Method | None = None,
         targets: str | list[str] | Targets | None = None,
         *,

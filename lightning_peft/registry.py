@@ -7,7 +7,6 @@ broken, and never takes anything else down; asking for what it should have provi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib
 import os
@@ -76,10 +75,6 @@ class PluginInfo:
     def cause(self) -> str:
         """Why the plugin is broken, in one line without its source."""
         return _cause(self.error).removeprefix(f"{self.source}: ")
-
-    def meant_to_provide(self, kind: str, name: str) -> bool:
-        """Tell whether the plugin is known to provide ``name``, or is called so itself."""
-        return name in self.provides.get(kind, ()) or _normal(name) in map(_normal, self.hints)
 
 
 class Registry:
@@ -168,7 +163,7 @@ class Registry:
 
     def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
         """Return the error for a name nobody registered: ``unknown``, or that a broken plugin provides it."""
-        certain = [plugin for plugin in self.broken if plugin.meant_to_provide(kind, name)]
+        certain = [p for p in self.broken if name in p.provides.get(kind, ()) or _normal(name) in map(_normal, p.hints)]
         possible = certain or [plugin for plugin in self.broken if not plugin.complete]
         causes = "; ".join(f"{plugin.source}: {plugin.cause}" for plugin in possible)
         if certain or (possible and not misspelt):
@@ -247,7 +242,8 @@ class Registry:
             if self._manager.has_plugin(info.source):
                 self._manager.unregister(name=info.source)
             if isinstance(error, pluggy.PluginValidationError):
-                raise PluginError(f"{info.source}: {'; '.join(str(error).splitlines())}") from error
+                text = str(error).removeprefix(f"Plugin {info.source!r} for ")
+                raise PluginError(f"{info.source}: {'; '.join(text.splitlines())}") from error
             raise
         for (kind, name), item in items.items():
             self._items[kind][name] = item
@@ -319,7 +315,7 @@ def get_registry() -> Registry:
 def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
     """Call one implementation of a hook with those of ``arguments`` that it takes."""
     try:
-        result = impl.function(*(arguments[name] for name in impl.argnames))
+        result: Any = impl.function(*(arguments[name] for name in impl.argnames))
         plain = isinstance(result, (str, bytes)) or not isinstance(result, Iterable)
         return result if plain else list(result)  # as a generator may fail too
     except Exception as error:
@@ -342,16 +338,9 @@ def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
         abstract = sorted(getattr(item, "__abstractmethods__", ()))
         if abstract:
             raise PluginError(f"{where}: {kind} {name!r} does not implement {', '.join(abstract)}")
-        if wants_class and not _is_frozen_dataclass(item):
+        if wants_class and ("__dataclass_params__" not in vars(item) or not item.__dataclass_params__.frozen):
             raise PluginError(f"{where}: {kind} {name!r} must be decorated with @dataclass(frozen=True, kw_only=True)")
     return items
-
-
-def _is_frozen_dataclass(kind: type) -> bool:
-    own = vars(kind)
-    if "__dataclass_fields__" not in own or not own["__dataclass_params__"].frozen:
-        return False
-    return all(part.kw_only for part in dataclasses.fields(kind) if part.init)
 
 
 def _cause(error: BaseException | None) -> str:
@@ -364,7 +353,7 @@ def _cause(error: BaseException | None) -> str:
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
     with contextlib.suppress(Exception):  # METADATA may be missing or damaged
-        if point.dist is not None:
+        if point.dist is not None and point.dist.name:
             return str(point.dist.name), str(point.dist.version)
     return "a distribution without METADATA", "?"
 

@@ -117,7 +117,7 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
     made = []
-    for target in method.expand(model, injection.targets):
+    for target in method.expand(model, injection.targets, family):
         module = unwrapped(modules[target.path])
         adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
         adapter.reset_parameters(module)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import LoRA, adapter_layers, inject, merge_adapters, set_active_adapters, unmerge_adapters
+from lightning_peft import Adapter, LoRA, adapter_layers, inject, merge_adapters, set_active_adapters, unmerge_adapters
 from lightning_peft.errors import MergeError
 from lightning_peft.merging import adapters_merged
 
@@ -28,7 +28,8 @@ X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 0.03), (torch.float16, 0.004)],
 )
 def test_a_hundred_merges_and_unmerges_lose_no_bit_in_any_precision(dtype, tolerance):
     model = net(dtype)
@@ -91,7 +92,9 @@ def test_a_non_finite_merge_is_refused_and_changes_no_weight_of_any_layer():
     with torch.no_grad():
         model[2].adapters["default"].lora_A[0, 0] = float("nan")
     before = bits(model)
-    with pytest.raises(MergeError, match="merging adapter 'default' makes 'weight' non-finite; the weights are unchanged"):
+    with pytest.raises(
+        MergeError, match="merging adapter 'default' makes 'weight' non-finite; the weights are unchanged"
+    ):
         merge_adapters(model)
     assert all(torch.equal(before[name], value) for name, value in bits(model).items())
     assert not model[0].merged
@@ -101,7 +104,9 @@ def test_merging_into_tied_weights_is_refused_naming_both_users():
     model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embedding"].weight
     inject(model, LoRA(rank=2), "head")
-    with pytest.raises(MergeError, match=r"head.weight is shared by embedding.weight, head.weight: merging the adapter"):
+    with pytest.raises(
+        MergeError, match=r"head.weight is shared by embedding.weight, head.weight: merging the adapter"
+    ):
         merge_adapters(model)
 
 
@@ -138,3 +143,38 @@ def test_merging_does_not_change_what_a_module_computes_by_switching_mode():
     model.eval()
     model.train()
     assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+
+
+class Doubling(Adapter):
+    """Doubles the output: it does not commute with an added update."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([2.0]))
+
+    def reset_parameters(self, base_layer):
+        nn.init.constant_(self.factor, 2.0)
+
+    def forward(self, base, x):
+        return base(x) * self.factor
+
+    def merged_parameters(self, base_layer):
+        return {name: p.detach() * self.factor.detach() for name, p in base_layer.named_parameters()}
+
+
+def test_adapters_that_do_not_commute_are_merged_in_the_order_in_which_they_act_or_refused():
+    model = net()
+    inject(model, LoRA(rank=2), "0", name="inner")
+    shake(model)
+    model[0].add("outer", Doubling(), trainable=True)
+    set_active_adapters(model, ["inner", "outer"])
+    out = model(X)
+    with pytest.raises(
+        MergeError, match="adapter 'outer' acts around 'inner', which is of another kind and not merged"
+    ):
+        merge_adapters(model, "outer")
+    for names in ("inner", ["outer", "inner"]):
+        merge_adapters(model, names)
+        assert torch.allclose(model(X), out, atol=1e-5)
+        unmerge_adapters(model)
+        assert torch.equal(model(X), out)

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
+from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.low_rank import (
@@ -138,7 +139,7 @@ class LoRA(Method):
         return {"rank": self.rank_pattern, "alpha": self.alpha_pattern}
 
     @override
-    def expand(self, model: nn.Module, targets: Sequence[Target]) -> Sequence[Target]:
+    def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
         if self.bias != "all":
             return targets
         chosen = {target.path for target in targets}

@@ -12,7 +12,9 @@ from lightning_peft.errors import ConfigError
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(["<unk>", *"abcdefgh"])}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(["<unk>", *"abcdefgh"])}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(path)
     (path / "text.txt").write_text("a b c d e f g h " * 13)
@@ -22,7 +24,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    size = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size = {
+        "vocab_size": 9,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=32))
 
 

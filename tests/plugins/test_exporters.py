@@ -14,7 +14,13 @@ IDS = torch.arange(12).view(1, 12)
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    size = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     model = LlamaForCausalLM(LlamaConfig(**size, tie_word_embeddings=True)).eval()
     inject(model, LoRA(rank=2), "all_linear")
     with torch.no_grad():

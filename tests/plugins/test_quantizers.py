@@ -78,5 +78,7 @@ def test_a_setting_out_of_range_is_refused(options, message):
 
 
 def test_a_width_that_is_not_a_multiple_of_the_block_is_refused_as_it_would_be_read_back_wrongly():
-    with pytest.raises(InjectionError, match="NF4 needs in_features to be a multiple of block_size=64, got a layer of 100"):
+    with pytest.raises(
+        InjectionError, match="NF4 needs in_features to be a multiple of block_size=64, got a layer of 100"
+    ):
         NF4().quantize(nn.Linear(100, 64))

@@ -1,0 +1,179 @@
+"""What is done with a trained adapter: merge it into its base, or let it speak."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse.typing import NonNegativeFloat, PositiveInt
+
+from lightning_peft.errors import ConfigError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def merge(
+    adapter: str,
+    output: str,
+    base: str | None = None,
+    dtype: Dtype = "auto",
+    check_base: bool = True,
+    overwrite: bool = False,
+) -> None:
+    """Merge an adapter into its base and write a plain transformers folder.
+
+    Args:
+        adapter: adapter folder, ours or HF PEFT's.
+        output: folder to write; new or empty.
+        base: local folder or hub id of the base; what the adapter was trained on if not given.
+        dtype: precision of the weights; auto is that of the base.
+        check_base: whether to refuse a base other than the one the adapter was trained on.
+        overwrite: replace the model that stands in the output folder.
+
+    Raises:
+        ConfigError: the output is not empty, or no base can be loaded.
+        AdapterFileError: the adapter cannot be read or does not fit the base.
+        MergeError: its method cannot be merged.
+    """
+    from lightning_peft.registry import get_registry
+    from lightning_peft.state import load_adapter
+
+    folder = Path(output)
+    base = base or _base_of(adapter)
+    _check_output(folder, overwrite, [adapter, base])
+    model = _load_base(base, dtype)
+    load_adapter(model, adapter, check_base=check_base)
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
+    try:
+        get_registry().get("exporter", "merged_transformers")().export(model, partial)
+        _copy_tokenizer(base, partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{folder} ({size / 1e6:,.1f} MB)" if size >= 1e6 else f"{folder} ({size / 1e3:,.1f} kB)")
+
+
+def generate(
+    prompt: str,
+    adapter: str | None = None,
+    base: str | None = None,
+    max_new_tokens: PositiveInt = 64,
+    temperature: NonNegativeFloat = 0.0,
+    seed: int | None = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a text with a model, adapted or not.
+
+    Args:
+        prompt: the text to continue.
+        adapter: adapter folder, ours or HF PEFT's; the base alone if not given.
+        base: local folder or hub id of the base; what the adapter was trained on if not given.
+        max_new_tokens: length of the continuation.
+        temperature: 0 takes the likeliest token each time; higher values sample.
+        seed: makes sampling repeatable.
+        dtype: precision of the weights; auto is that of the base.
+
+    Raises:
+        ConfigError: no base can be loaded, or the prompt has no tokens.
+        AdapterFileError: the adapter cannot be read or does not fit the base.
+    """
+    if base is None and adapter is None:
+        raise ConfigError("generate needs a model: give --adapter FOLDER, --base FOLDER_OR_ID, or both")
+    import torch
+
+    from lightning_peft.state import load_adapter
+
+    base = base or _base_of(str(adapter))
+    _base_class(base)
+    tokenizer = _tokenizer(base)
+    if tokenizer is None:
+        raise ConfigError(f"the base {base!r} has no tokenizer, and text needs one")
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise ConfigError(f"the prompt {prompt!r} has no tokens")
+    model = _load_base(base, dtype)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if seed is not None:
+        torch.manual_seed(seed)
+    sampling = {"temperature": temperature} if temperature else {"temperature": None, "top_p": None, "top_k": None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=padding,
+        **sampling,
+    )
+    print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _base_of(adapter: str) -> str:
+    from lightning_peft.adapter_files import read_adapter
+
+    name = read_adapter(adapter).base_name_or_path
+    if name is None:
+        raise ConfigError(f"{adapter!r} does not say which base it was trained on; give --base FOLDER_OR_ID")
+    return name
+
+
+def _load_base(path: str, dtype: str) -> Any:
+    return _base_class(path).from_pretrained(path, dtype=dtype)
+
+
+def _base_class(path: str) -> Any:
+    """Return the class of transformers that the configuration of a model folder or hub id names."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no base model could be loaded from {path!r}; give another with --base FOLDER_OR_ID: {error}"
+        ) from error
+    kind = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if known else transformers.AutoModelForCausalLM
+
+
+def _tokenizer(path: str) -> Any:
+    """Return the tokenizer of a model folder or hub id, or None where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _copy_tokenizer(base: str, folder: Path) -> None:
+    tokenizer = _tokenizer(base)
+    if tokenizer is None:
+        print(f"{base!r} has no tokenizer to copy")
+    else:
+        tokenizer.save_pretrained(folder)
+
+
+def _check_output(folder: Path, overwrite: bool, inputs: list[str]) -> None:
+    """Refuse an output that holds anything which must not be lost."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {str(folder)!r} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(
+            f"--output {str(folder)!r} is not empty; name another folder, or add --overwrite to replace it"
+        )
+    for source in inputs:
+        if folder.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise ConfigError(f"--output {str(folder)!r} holds {source!r}, which is being merged; name another folder")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"--output {str(folder)!r} is not the folder of a model and is not replaced; name another folder"
+        )

@@ -1,0 +1,87 @@
+"""The ``lightning-peft`` program: which verb runs, and what its user sees when it is refused.
+
+Nothing heavy is imported before a verb needs it, so that ``lightning-peft --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from lightning_peft import __version__
+from lightning_peft.cli.arguments import PlainParser
+from lightning_peft.cli.listings import methods, plugins
+from lightning_peft.cli.model_verbs import generate, merge
+from lightning_peft.errors import LightningPEFTError
+
+PROGRAM = "lightning-peft"
+
+LIGHTNING_VERBS = {
+    "fit": "Train an adapter.",
+    "validate": "Measure a model on its validation data.",
+    "test": "Measure a model on its test data.",
+    "predict": "Run a model on its prediction data.",
+}
+"""Verbs of Lightning's command line, with their help."""
+
+OWN_VERBS: dict[str, Callable[..., None]] = {
+    "merge": merge,
+    "generate": generate,
+    "methods": methods,
+    "plugins": plugins,
+}
+"""Verbs that are a function of this package: its signature and docstring are their command line and help."""
+
+FLAGS = {"merge": {"overwrite": "Replace the model that stands in the output folder."}}
+"""Arguments of a verb that are given without a value, with their help."""
+
+
+def main(args: list[str] | None = None) -> int | None:
+    """Run the program.
+
+    Args:
+        args: the command line without the name of the program; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The exit code: 2 where the command line or a configuration is refused, with ``error: ...`` on stderr.
+    """
+    argv = sys.argv[1:] if args is None else args
+    try:
+        if argv and (argv[0] in LIGHTNING_VERBS or argv[0].partition("=")[0] in ("-c", "--config")):
+            from lightning_peft.cli.peft_cli import PEFTCLI
+
+            PEFTCLI(args=argv, parser_kwargs={"prog": PROGRAM})
+        else:
+            parsed = _parser().parse_args(argv)
+            arguments: dict[str, Any] = parsed[parsed.verb].as_dict()
+            OWN_VERBS[parsed.verb](**arguments)
+    except LightningPEFTError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except SystemExit as stop:  # --help, --version, a refused command line
+        if isinstance(stop.code, str):
+            raise
+        return stop.code
+    return 0
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(
+        prog=PROGRAM,
+        description="Parameter-efficient fine-tuning for PyTorch Lightning.",
+        version=f"{__version__} (lightning {metadata.version('lightning')}, torch {metadata.version('torch')})",
+    )
+    verbs = parser.add_subcommands(dest="verb", required=True)
+    for verb, text in LIGHTNING_VERBS.items():
+        verbs.add_subcommand(verb, PlainParser(), help=text)
+    for verb, function in OWN_VERBS.items():
+        text = (function.__doc__ or "").partition("\n")[0]
+        own = PlainParser(description=text)
+        flags = FLAGS.get(verb, {})
+        own.add_function_arguments(function, as_group=False, skip=set(flags))
+        for flag, meaning in flags.items():
+            own.add_argument(f"--{flag}", action="store_true", help=meaning)
+        verbs.add_subcommand(verb, own, help=text)
+    return parser
