@@ -135,6 +135,11 @@ class AdapterLayer(nn.Module):
             for name in names:
                 for key, value in self._adapter(name).merged_parameters(self.base_layer).items():
                     parameter = self.base_layer.get_parameter(key)
+                    if value.shape != parameter.shape or not parameter.is_floating_point():
+                        raise MergeError(
+                            f"merging adapter {name!r} gives {key!r} the shape {tuple(value.shape)}, but the base holds {parameter.dtype} of "
+                            f"shape {tuple(parameter.shape)}: packed weights of a quantised base cannot be merged into"
+                        )
                     if not torch.isfinite(value).all():
                         raise MergeError(
                             f"merging adapter {name!r} makes {key!r} non-finite; the weights are unchanged"

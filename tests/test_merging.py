@@ -162,6 +162,19 @@ class Doubling(Adapter):
         return {name: p.detach() * self.factor.detach() for name, p in base_layer.named_parameters()}
 
 
+def test_a_method_that_forgets_about_packed_weights_is_stopped():
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, LoRA(rank=1), "0")
+    layer = model[0]
+    layer.base_layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    layer.add("other", Doubling(), trainable=False)
+    with pytest.raises(
+        MergeError,
+        match=r"'weight' the shape \(8, 1\), but the base holds torch.uint8 of shape \(8, 1\): packed weights",
+    ):
+        layer.merge(["other"])
+
+
 def test_adapters_that_do_not_commute_are_merged_in_the_order_in_which_they_act_or_refused():
     model = net()
     inject(model, LoRA(rank=2), "0", name="inner")

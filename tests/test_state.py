@@ -199,7 +199,10 @@ def test_a_refused_adapter_leaves_the_adapters_that_are_there_alone(saved):
     with pytest.raises(AdapterMismatchError, match="Missing"):
         load_adapter(model, folder, name="other")
     assert active_adapters(model) == ["mine"]
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.adapters.mine.lora_A", "0.adapters.mine.lora_B"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "0.adapters.mine.lora_A",
+        "0.adapters.mine.lora_B",
+    ]
 
 
 def test_another_base_is_accepted_when_told_so(saved):
@@ -208,7 +211,9 @@ def test_another_base_is_accepted_when_told_so(saved):
 
 def test_a_name_that_is_taken_is_refused(saved):
     model, folder = saved
-    with pytest.raises(InjectionError, match="Sequential already has an adapter 'default'; load .* under another name="):
+    with pytest.raises(
+        InjectionError, match="Sequential already has an adapter 'default'; load .* under another name="
+    ):
         load_adapter(model, folder)
     load_adapter(model, folder, name="twin")
     assert active_adapters(model) == ["twin"]
@@ -262,10 +267,16 @@ def test_an_adapter_of_a_broken_plugin_raises_the_cause_of_its_failure(saved, mo
 
     own = registry.Registry(entry_points=False)
     with pytest.warns(UserWarning, match="was left out"):
-        own._break(registry.PluginInfo(source="fancy 1.0 (fancy = fancy)", hints=("fancy",)), ImportError("no module named fancy_dep"))
+        own._break(
+            registry.PluginInfo(source="fancy 1.0 (fancy = fancy)", hints=("fancy",)),
+            ImportError("no module named fancy_dep"),
+        )
     monkeypatch.setattr("lightning_peft.adapter_files.get_registry", lambda: own)
     rewrite(saved[1] / OWN_CONFIG, lambda c: c["method"].update(name="fancy"))
-    with pytest.raises(PluginLoadError, match=r"'fancy' is not registered, .*fancy 1.0 \(fancy = fancy\): ImportError: no module named fancy_dep"):
+    with pytest.raises(
+        PluginLoadError,
+        match=r"'fancy' is not registered, .*fancy 1.0 \(fancy = fancy\): ImportError: no module named fancy_dep",
+    ):
         load_adapter(net(), saved[1])
 
 
@@ -274,7 +285,9 @@ def test_a_non_finite_or_unmaterialised_adapter_is_not_saved_over_a_good_one(sav
     before = (folder / WEIGHTS).read_bytes()
     with torch.no_grad():
         model[0].adapters["default"].lora_A[0, 0] = float("inf")
-    with pytest.raises(AdapterFileError, match="'0.lora_A.weight' of adapter 'default' has non-finite values; it is not saved"):
+    with pytest.raises(
+        AdapterFileError, match="'0.lora_A.weight' of adapter 'default' has non-finite values; it is not saved"
+    ):
         save_adapter(model, folder)
     assert (folder / WEIGHTS).read_bytes() == before
     with torch.device("meta"):

@@ -67,12 +67,17 @@ def test_injecting_freezes_the_base_and_trains_the_adapter_alone():
     injection = inject(model, LoRA(rank=2), ["blocks.0.0", "head"])
     assert injection.paths == ["blocks.0.0", "head"]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{place}.adapters.default.{t}" for place in ("blocks.0.0", "head") for t in ("lora_A", "lora_B")}
+    assert trained == {
+        f"{place}.adapters.default.{t}" for place in ("blocks.0.0", "head") for t in ("lora_A", "lora_B")
+    }
     summary = trainable_summary(model)
     assert summary.trainable == 2 * (8 + 8) + 2 * (8 + 11)
     assert summary.layers == 2
     assert summary.percent == pytest.approx(100 * summary.trainable / summary.total)
-    assert str(summary) == f"{summary.trainable:,} of {summary.total:,} parameters are trained ({summary.percent:.3f} %), at 2 places"
+    assert (
+        str(summary)
+        == f"{summary.trainable:,} of {summary.total:,} parameters are trained ({summary.percent:.3f} %), at 2 places"
+    )
 
 
 def test_a_fresh_adapter_changes_no_bit():
@@ -159,7 +164,9 @@ def test_unloading_leaves_the_base_and_what_was_merged_into_it():
     assert not any(isinstance(m, AdapterLayer) for m in model.modules())
     assert torch.equal(model(IDS), merged)
     assert torch.allclose(merged, out, atol=1e-5)
-    with pytest.raises(AdapterNotFoundError, match=r"Net has no adapters to unload; call inject\(model, method\) first"):
+    with pytest.raises(
+        AdapterNotFoundError, match=r"Net has no adapters to unload; call inject\(model, method\) first"
+    ):
         unload_adapters(model)
 
 
@@ -241,15 +248,22 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(call, error, message
     assert active_adapters(model) == ["default"]
 
 
-@pytest.mark.parametrize("verb", [merge_adapters, lambda m: save_adapter(m, "nowhere"), lambda m: set_active_adapters(m, "default")])
+@pytest.mark.parametrize(
+    "verb", [merge_adapters, lambda m: save_adapter(m, "nowhere"), lambda m: set_active_adapters(m, "default")]
+)
 def test_a_model_without_adapters_is_told_so(verb):
-    with pytest.raises(AdapterNotFoundError, match=r"adapter 'default' was asked for, but Net has no such adapter: it holds none; call inject"):
+    with pytest.raises(
+        AdapterNotFoundError,
+        match=r"adapter 'default' was asked for, but Net has no such adapter: it holds none; call inject",
+    ):
         verb(Net())
 
 
 def test_a_failed_injection_leaves_the_model_as_it_was():
     model = Net()
-    with pytest.raises(TargetError, match="rank_pattern 'embedding' matches none of the 1 adapted places, such as 'head'"):
+    with pytest.raises(
+        TargetError, match="rank_pattern 'embedding' matches none of the 1 adapted places, such as 'head'"
+    ):
         inject(model, LoRA(rank_pattern={"embedding": 3}), "head")
     assert all(p.requires_grad for p in model.parameters())
     assert not adapter_layers(model)
@@ -302,7 +316,10 @@ def test_a_pattern_for_one_of_several_slices_of_a_fused_projection_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=2, n_positions=8))
-    with pytest.raises(TargetError, match="rank_pattern 'query' is one slice of 'transformer.h.0.attn.c_attn', where value would get its value too"):
+    with pytest.raises(
+        TargetError,
+        match="rank_pattern 'query' is one slice of 'transformer.h.0.attn.c_attn', where value would get its value too",
+    ):
         inject(model, LoRA(rank=2, rank_pattern={"query": 4}), ["query", "value"])
     inject(model, LoRA(rank=2, rank_pattern={"query": 4}), "query")
     assert model.transformer.h[0].attn.c_attn.adapters["default"].rank == 4
