@@ -107,7 +107,8 @@ def _same(one: str | None, other: str | None) -> bool:
         return False
     try:
         a, b = (
-            torch.frombuffer(bytearray.fromhex(text.split(":")[1]), dtype=torch.bfloat16).float() for text in (one, other)
+            torch.frombuffer(bytearray.fromhex(text.split(":")[1]), dtype=torch.bfloat16).float()
+            for text in (one, other)
         )
         return torch.allclose(a, b, rtol=_RELATIVE, atol=_ABSOLUTE)
     except (ValueError, IndexError, RuntimeError):

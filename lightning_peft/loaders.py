@@ -73,7 +73,9 @@ class CausalLMLoader(ModelLoader):
             raise ConfigError(f"no causal language model could be loaded from {self.path!r}: {error}") from error
         if self.gradient_checkpointing:
             # The non-reentrant kind also works when the inputs of a block need no gradient, as over a frozen base.
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Newer versions of transformers have another name for it.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             model.config.use_cache = False
         loaded: nn.Module = model.train()
         return loaded

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest
@@ -54,6 +55,26 @@ class PEFTMixin(ExactResume, _Host):
                 "strict_loading=True was asked for, but an adapter checkpoint does not hold the base; leave it False: "
                 "adapters are compared strictly in on_load_checkpoint"
             )
+
+    # -- mode ------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; frozen batch normalisation stays in eval mode, as its statistics belong to the base."""
+        super().train(mode)
+        self._keep_statistics()
+        return self
+
+    def on_train_start(self) -> None:
+        """Put frozen batch normalisation into eval mode, whoever put the model into train mode."""
+        super().on_train_start()
+        self._keep_statistics()
+
+    def _keep_statistics(self) -> None:
+        for root in adapted_roots(self):
+            for _, module in base_modules(root):
+                frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                if isinstance(module, nn.modules.batchnorm._NormBase) and frozen:
+                    module.training = False
 
     # -- state -----------------------------------------------------------------------------------------------------
 

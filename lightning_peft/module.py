@@ -131,19 +131,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             assert self.method is not None
             inject(model, self.method, self.targets, name=self.adapter_name)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
-        self.model = model
-        self.train()
-
-    @override
-    def train(self, mode: bool = True) -> PEFTModule:
-        """Set the mode; normalisation with frozen weights stays in eval mode, so that its running statistics stay, too."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and not any(
-                p.requires_grad for p in module.parameters()
-            ):
-                module.training = False
-        return self
+        self.model = model.train()
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

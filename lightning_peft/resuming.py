@@ -46,7 +46,9 @@ class ExactResume(_Host):
         if getattr(self, "_trainer", None) is None or self.trainer.state.fn != "fit":
             return
         if RANDOM_STATES not in checkpoint:
-            raise CheckpointMismatchError(f"the checkpoint has no {RANDOM_STATES!r} entry to resume from: it is damaged")
+            raise CheckpointMismatchError(
+                f"the checkpoint has no {RANDOM_STATES!r} entry to resume from: it is damaged"
+            )
         within_epoch = not _at_end_of_epoch(checkpoint.get("loops", {}))
         states = checkpoint[RANDOM_STATES]
         if len(states) != self.trainer.world_size:
