@@ -76,7 +76,9 @@ def test_nothing_is_unpickled_or_evaluated_anywhere():
 
 def test_every_public_class_and_function_says_what_it_is():
     for path in SOURCES:
-        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+        module = importlib.import_module(
+            ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        )
         assert module.__doc__, path
 
 
@@ -94,7 +96,10 @@ def test_every_error_is_raised_or_derived_from_and_drawn_in_the_tree():
 def test_the_withdrawn_versions_of_lightning_are_below_the_minimum():
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
-    minimums = dict(re.match(r"([\w-]+).*?>=([\d.]+)", line.replace("[signatures]", "")).groups() for line in project["dependencies"])
+    minimums = dict(
+        re.match(r"([\w-]+).*?>=([\d.]+)", line.replace("[signatures]", "")).groups()
+        for line in project["dependencies"]
+    )
     assert minimums["lightning"] == "2.6.6"
     assert minimums["torch"] == "2.10"
     assert minimums["transformers"] == "5.3"
@@ -103,7 +108,11 @@ def test_the_withdrawn_versions_of_lightning_are_below_the_minimum():
 
 
 def test_every_direct_dependency_has_an_exact_version_in_the_constraints():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
     named = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]

@@ -15,7 +15,7 @@ from typing_extensions import override
 # Imported for their classes: the parser finds a class by its short name once its module is loaded.
 from lightning_peft import callbacks, data, loaders  # noqa: F401
 from lightning_peft.cli.arguments import PlainErrors
-from lightning_peft.cli.yaml_config import install, method_class_path
+from lightning_peft.cli.yaml_config import NAMED_PARTS, class_path_of, install
 from lightning_peft.errors import LightningPEFTError
 from lightning_peft.module import PEFTModule
 from lightning_peft.registry import get_registry
@@ -116,16 +116,16 @@ def _asks_for_help(word: str) -> bool:
 
 
 def _with_class_paths(args: Sequence[str]) -> list[str]:
-    """Replace the registry names of methods in a command line."""
+    """Replace the names of methods, optimizers and schedulers in a command line."""
     result: list[str] = []
     for word in args:
         option, equals, value = word.partition("=")
-        if equals and option in _METHOD_OPTIONS:
-            word = f"{option}={method_class_path(value)}"
-        elif result and result[-1] in _METHOD_OPTIONS:
-            word = method_class_path(word)
+        if equals and option in _NAMED_OPTIONS:
+            word = f"{option}={class_path_of(_NAMED_OPTIONS[option], value)}"
+        elif result and result[-1] in _NAMED_OPTIONS:
+            word = class_path_of(_NAMED_OPTIONS[result[-1]], word)
         result.append(word)
     return result
 
 
-_METHOD_OPTIONS = ("--model.method", "--model.method.help")
+_NAMED_OPTIONS = {f"--model.{part}{ending}": part for part in NAMED_PARTS for ending in ("", ".help")}

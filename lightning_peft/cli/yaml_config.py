@@ -4,11 +4,12 @@
 * Anchors and aliases are refused: a few lines of them can stand for gigabytes.
 * ``${oc.env:NAME}`` is the environment variable ``NAME``, ``${oc.env:NAME,value}`` has a default, and ``${model.base.path}``
   is another value of the same file (OmegaConf's syntax).
-* A registry name stands for its class: ``method: lora`` is ``method: LoRA``.
+* A registry name stands for its class: ``method: lora`` is ``method: LoRA``. ``optimizer: AdamW`` is torch's.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 from typing import Any
@@ -18,6 +19,10 @@ from jsonargparse import get_loader, set_loader
 
 from lightning_peft.registry import get_registry
 
+TORCH_HOMES = {"optimizer": "torch.optim", "lr_scheduler": "torch.optim.lr_scheduler"}
+"""Part of the model to the module whose classes are meant by short names there."""
+NAMED_PARTS = ("method", *TORCH_HOMES)
+"""Parts of the model whose class may be given by a name of ours."""
 MODE = "lightning_peft"
 """The parser mode of jsonargparse under which :func:`load` is known."""
 
@@ -51,8 +56,19 @@ def load(text: str, path: Any = "") -> Any:
     return _with_class_paths(value) if isinstance(value, dict) else value
 
 
-def method_class_path(name: str) -> str:
-    """Return the path of the method class registered as ``name``; any other word comes back as it is."""
+def class_path_of(part: str, name: str) -> str:
+    """Return the class path that ``name`` stands for in a part of the model; any other word comes back as it is.
+
+    For a ``method`` that is the class registered under the name. For an ``optimizer`` or ``lr_scheduler`` it is torch's class, where
+    torch has one: other libraries have classes of the same names.
+
+    Example:
+        >>> class_path_of("optimizer", "AdamW"), class_path_of("optimizer", "mine.AdamW")
+        ('torch.optim.AdamW', 'mine.AdamW')
+    """
+    if part in TORCH_HOMES:
+        module = importlib.import_module(TORCH_HOMES[part])
+        return f"{TORCH_HOMES[part]}.{name}" if isinstance(getattr(module, name, None), type) else name
     method = get_registry().methods.get(name)
     if method is None:
         return name
@@ -95,12 +111,13 @@ def _with_variables(value: Any, source: str) -> Any:
 
 
 def _with_class_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Replace registry names by class paths where a method stands: in the model of any verb."""
+    """Replace names by class paths where a method, optimizer or scheduler stands: in the model of any verb."""
     places = [config, *(value for value in config.values() if isinstance(value, dict))]
     for section in places + [place["model"] for place in places if isinstance(place.get("model"), dict)]:
-        method = section.get("method")
-        if isinstance(method, str):
-            section["method"] = method_class_path(method)
-        elif isinstance(method, dict) and isinstance(method.get("class_path"), str):
-            method["class_path"] = method_class_path(method["class_path"])
+        for part in NAMED_PARTS:
+            value = section.get(part)
+            if isinstance(value, str):
+                section[part] = class_path_of(part, value)
+            elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
+                value["class_path"] = class_path_of(part, value["class_path"])
     return config

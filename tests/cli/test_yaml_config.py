@@ -54,3 +54,15 @@ def test_other_words_named_lora_stay_what_they_are():
         "data": {"method": {"name": "lora"}},
         "name": "lora",
     }
+
+
+def test_the_short_name_of_an_optimizer_is_torchs_whatever_else_is_imported():
+    import bitsandbytes.optim  # has an AdamW of its own
+
+    assert bitsandbytes.optim.AdamW.__name__ == "AdamW"
+    loaded = load("model: {optimizer: AdamW, lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 3}}}")[
+        "model"
+    ]
+    assert loaded["optimizer"] == "torch.optim.AdamW"
+    assert loaded["lr_scheduler"]["class_path"] == "torch.optim.lr_scheduler.CosineAnnealingLR"
+    assert load("model: {optimizer: bitsandbytes.optim.AdamW}")["model"]["optimizer"] == "bitsandbytes.optim.AdamW"
