@@ -131,6 +131,7 @@ def _base_class(path: str) -> Any:
     """Return the class of transformers that the configuration of a model folder or hub id names."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
