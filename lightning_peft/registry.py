@@ -34,6 +34,7 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
+    "lightning_peft.plugins.qlora",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
@@ -151,9 +152,9 @@ class Registry:
         return self.get("method", name)  # type: ignore[no-any-return]
 
     def method_for_peft_type(self, peft_type: str) -> type[Method]:
-        """Return the method that reads and writes HF PEFT's ``peft_type``."""
+        """Return the method that reads HF PEFT's ``peft_type``: the one that declares it, not one that inherits it."""
         for method in self.methods.values():
-            if method.peft_type == peft_type:
+            if vars(method).get("peft_type") == peft_type:
                 return method
         known = sorted(method.peft_type for method in self.methods.values() if method.peft_type)
         hint = did_you_mean(peft_type, known)
@@ -287,6 +288,14 @@ class Registry:
                         conflicts.append(
                             f"{taken}, which {self._owner[key]} has registered already; rename one of them"
                         )
+                    peft_type = vars(item).get("peft_type") if kind == "method" else None
+                    methods = [*self.methods.values(), *(held for (of, _), held in items.items() if of == "method")]
+                    for held in methods:
+                        if peft_type and held.name != item.name and vars(held).get("peft_type") == peft_type:
+                            conflicts.append(
+                                f"{taken}, which declares the peft_type {peft_type!r} as {held.name!r} does: HF PEFT's files of that "
+                                "type would have two readers; inherit from that method, or declare none"
+                            )
                     items[key] = item
                     info.provides.setdefault(kind, []).append(item.name)
         info.complete = True
