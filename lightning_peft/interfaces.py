@@ -173,7 +173,7 @@ class Method(_Named, ABC):
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 
-    The class that declares it reads HF PEFT's files of that type; a subclass that inherits it only writes them.
+    Of registered methods that share one, the ancestor reads HF PEFT's files of that type; its descendants only write them.
     """
 
     @abstractmethod

@@ -19,6 +19,7 @@ from lightning_peft import (
     Int8,
     LightningPEFTWarning,
     LoRA,
+    Method,
     PEFTModule,
     QLoRA,
     adapter_layers,
@@ -349,14 +350,29 @@ def test_lora_reads_hf_pefts_files_and_two_readers_of_one_type_are_refused():
     assert QLoRA.peft_type == "LORA"
 
     @dataclass(frozen=True, kw_only=True)
-    class Rival(LoRA):
+    class Rival(Method):
         name: ClassVar[str] = "rival"
         peft_type: ClassVar[str | None] = "LORA"
+        supports = adapter = None
 
-    plugin = SimpleNamespace(__name__="rivals", register_methods=hookimpl(lambda: [Rival]))
-    plugin.register_methods.__name__ = "register_methods"
-    with pytest.raises(PluginConflictError, match="'rival', which declares the peft_type 'LORA' as 'lora' does"):
-        Registry(entry_points=False).register(plugin)
+    @dataclass(frozen=True, kw_only=True)
+    class Heir(LoRA):
+        name: ClassVar[str] = "heir"
+        peft_type: ClassVar[str | None] = "LORA"
+
+    def plugin(kind):
+        def register_methods():
+            return [kind]
+
+        return SimpleNamespace(__name__=kind.name, register_methods=hookimpl(register_methods))
+
+    registry = Registry(entry_points=False)
+    with pytest.raises(
+        PluginConflictError, match="rival: 'lora' and 'rival' would both read HF PEFT's type 'LORA'; let one inherit"
+    ):
+        registry.register(plugin(Rival))
+    registry.register(plugin(Heir))
+    assert registry.method_for_peft_type("LORA") is LoRA
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
