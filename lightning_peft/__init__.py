@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.qlora import QLoRA as QLoRA
+    from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
+    from lightning_peft.plugins.quantizers import Int8 as Int8
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
@@ -62,8 +65,10 @@ _HOME = {
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
+    "FP4": "plugins.quantizers",
     "Fused": "families",
     "Injection": "injection",
+    "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
@@ -75,6 +80,7 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
+    "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",
     "Slice": "interfaces",

@@ -162,6 +162,8 @@ class Method(_Named, ABC):
     """A fresh adapter leaves the output as it is, bit for bit."""
     mergeable: ClassVar[bool] = False
     """The adapter can be folded into the weights of the base."""
+    merge_refusal: ClassVar[str] = "a method that cannot be merged into the base"
+    """How :class:`~lightning_peft.errors.MergeError` goes on after naming the adapter, where ``mergeable`` is false."""
     row_routable: ClassVar[bool] = False
     """The adapter acts on each row (first dimension) of its input on its own."""
     composable: ClassVar[bool] = True
@@ -169,7 +171,10 @@ class Method(_Named, ABC):
     quantized_base: ClassVar[bool] = False
     """The method works over a base layer whose weights are quantised."""
     peft_type: ClassVar[str | None] = None
-    """The ``peft_type`` under which HF PEFT knows the method, or None."""
+    """The ``peft_type`` under which HF PEFT knows the method, or None.
+
+    Of registered methods that share one, the ancestor reads HF PEFT's files of that type; its descendants only write them.
+    """
 
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:
@@ -184,6 +189,13 @@ class Method(_Named, ABC):
 
         Called at every injection, so it must find a prepared base as it left it.
         """
+
+    def loaded_over(self, model: nn.Module) -> Method:
+        """Return the method as which a saved adapter goes into ``model``: this one, or another that fits that base.
+
+        Called when a folder is loaded, before :meth:`prepare`.
+        """
+        return self
 
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
         """Return all places the method adapts, given the resolved ``targets``; a subclass with a global view adds some."""

@@ -32,9 +32,7 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -
         adapters_named(model, name)
         held = records(model).get(name)
         if held is not None and not held.method.mergeable:
-            raise MergeError(
-                f"adapter {name!r} is a {held.method.name!r} adapter, a method that cannot be merged into the base"
-            )
+            raise MergeError(f"adapter {name!r} is a {held.method.name!r} adapter, {held.method.merge_refusal}")
     _refuse_shared(model, names)
     done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
     try:

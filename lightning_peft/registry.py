@@ -34,6 +34,7 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
+    "lightning_peft.plugins.qlora",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
@@ -151,11 +152,10 @@ class Registry:
         return self.get("method", name)  # type: ignore[no-any-return]
 
     def method_for_peft_type(self, peft_type: str) -> type[Method]:
-        """Return the method that reads and writes HF PEFT's ``peft_type``."""
-        for method in self.methods.values():
-            if method.peft_type == peft_type:
-                return method
-        known = sorted(method.peft_type for method in self.methods.values() if method.peft_type)
+        """Return the method that reads HF PEFT's ``peft_type``: an ancestor, not a method that inherits from it."""
+        for method in _readers(list(self.methods.values()), peft_type):
+            return method
+        known = sorted({method.peft_type for method in self.methods.values() if method.peft_type})
         hint = did_you_mean(peft_type, known)
         read = f"{hint or '.'} Types that are read: {', '.join(known)}"
         unknown = f"no registered method reads HF PEFT's type {peft_type!r}{read}"
@@ -289,6 +289,15 @@ class Registry:
                         )
                     items[key] = item
                     info.provides.setdefault(kind, []).append(item.name)
+        new = [item for (kind, _), item in items.items() if kind == "method"]
+        for method in new:
+            readers = _readers([*self.methods.values(), *new], method.peft_type)
+            if method in readers and len(readers) > 1:
+                names = " and ".join(repr(reader.name) for reader in readers)
+                conflicts.append(
+                    f"{info.source}: {names} would both read HF PEFT's type {method.peft_type!r}; let one inherit from the other, "
+                    "or declare no peft_type"
+                )
         info.complete = True
         if conflicts:
             raise PluginConflictError("; ".join(conflicts))
@@ -310,6 +319,12 @@ class Registry:
 def get_registry() -> Registry:
     """Return the registry of this process; plugins load at the first call."""
     return Registry()
+
+
+def _readers(methods: list[type[Method]], peft_type: str | None) -> list[type[Method]]:
+    """Return the methods of a ``peft_type`` that inherit from no other method of that type."""
+    typed = [method for method in methods if peft_type is not None and method.peft_type == peft_type]
+    return [method for method in typed if not any(other in typed for other in method.__mro__[1:])]
 
 
 def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:

@@ -239,7 +239,8 @@ def _placed(model: nn.Module, folder: AdapterFolder) -> Injection:
                 Target(path=place, rule=held["rule"], slices=tuple(Slice(**part) for part in held["slices"]))
                 for place, held in folder.own["places"].items()
             )
-            return Injection(method=folder.method, targets=targets, family=str(folder.own["family"]))
+            method = folder.method.loaded_over(model)
+            return Injection(method=method, targets=targets, family=str(folder.own["family"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise AdapterConfigError(
                 f"{str(folder.path / OWN_CONFIG)!r}: 'places' or 'family' cannot be read: {error!r}"

@@ -24,6 +24,7 @@ def working_directory(tmp_path, monkeypatch):
 def test_there_are_configurations():
     assert {file.name for file in CONFIGS.iterdir()} >= {
         "hub_llama.yaml",
+        "qlora.yaml",
         "quickstart.yaml",
         "stories260k_e2e.yaml",
         "stories260k_shakespeare.yaml",

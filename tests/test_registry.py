@@ -293,7 +293,7 @@ def test_a_broken_plugin_is_reported_once_and_takes_nothing_else_down(fault, ins
         registry.method("turbo")
     assert source in str(caught.value)
     assert caught.value.__cause__ is registry.broken[0].error
-    with pytest.raises(UnknownNameError, match=r"unknown method 'lorra'; did you mean 'lora'\? Registered: "):
+    with pytest.raises(UnknownNameError, match=r"unknown method 'lorra'; did you mean 'lora'.*\? Registered: "):
         registry.method("lorra")
 
 
@@ -341,9 +341,9 @@ def test_an_unknown_name_is_a_typo_where_it_resembles_one_and_else_maybe_the_bro
     ):
         registry.method("lorra")
     with pytest.raises(
-        PluginLoadError, match="quantizer 'int3' is not registered, and plugins that may have it are broken: acme"
+        PluginLoadError, match="quantizer 'ternary' is not registered, and plugins that may have it are broken: acme"
     ):
-        registry.get("quantizer", "int3")
+        registry.get("quantizer", "ternary")
 
 
 def test_a_plugin_whose_names_are_all_known_is_not_suspected_of_others(install):
@@ -375,7 +375,7 @@ def test_a_name_in_capitals_is_told_apart_and_explained():
     registry = Registry(entry_points=False)
     with pytest.raises(UnknownNameError, match="unknown method 'LoRA'; did you mean 'lora'"):
         registry.method("LoRA")
-    with pytest.raises(UnknownNameError, match=r"unknown quantizer 'xyz'\. Registered: nf4"):
+    with pytest.raises(UnknownNameError, match=r"unknown quantizer 'xyz'\. Registered: .*nf4"):
         registry.get("quantizer", "xyz")
     with pytest.raises(
         UnknownNameError, match="unknown kind 'methods'; the kinds are: method, quantizer, model family, "

@@ -1,11 +1,15 @@
-"""NF4: the frozen weights of a linear layer in four bits, through bitsandbytes.
+"""The quantizers of bitsandbytes: frozen weights of a linear layer in four or eight bits.
 
-Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (arXiv:2305.14314): each block of weights is
-divided by its largest magnitude and rounded to one of the 16 quantiles of a normal distribution.
+* NF4 and FP4: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (arXiv:2305.14314). Each block of
+  weights is divided by its largest magnitude and rounded to one of 16 values: the quantiles of a normal distribution
+  (NF4), or floating-point numbers with two bits of exponent and one of mantissa (FP4).
+* Int8: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", 2022 (arXiv:2208.07339).
+  Each row of the weight is divided by its largest magnitude and rounded to one of 255 values.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,8 +25,72 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclass(frozen=True, kw_only=True)
-class NF4(Quantizer):
-    """Four-bit NormalFloat, bitsandbytes' ``Linear4bit``.
+class _FourBit(Quantizer):
+    """What NF4 and FP4 share: bitsandbytes' ``Linear4bit``, with the name of the quantizer as its ``quant_type``."""
+
+    block_size: int = 64
+    """Weights that share one scale."""
+    double_quantization: bool = True
+    """Quantise the scales too: 4.127 instead of 4.5 bits a weight."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the matrix product."""
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if self.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
+            raise ConfigError(f"{kind} block_size must be a power of two from 64 to 4096, got {self.block_size!r}")
+        if self.compute_dtype not in _DTYPES:
+            raise ConfigError(f"{kind} compute_dtype must be one of {', '.join(_DTYPES)}, got {self.compute_dtype!r}")
+
+    @override
+    def quantize(self, linear: nn.Linear) -> nn.Module:
+        _refuse_meta(self, linear)
+        if linear.in_features % self.block_size:
+            # bitsandbytes' CPU kernel gives wrong weights for such widths, so they are refused everywhere.
+            raise InjectionError(
+                f"{type(self).__name__} needs in_features to be a multiple of block_size={self.block_size}, got a layer of "
+                f"{linear.in_features}; skip this module or choose another block size"
+            )
+        import bitsandbytes as bnb
+
+        dtype = _DTYPES[self.compute_dtype]
+        packed: Any = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=self.double_quantization,
+            quant_type=self.name,
+            device="meta",
+        )
+        packed.weight = bnb.nn.Params4bit(
+            linear.weight.detach(),
+            requires_grad=False,
+            blocksize=self.block_size,
+            compress_statistics=self.double_quantization,
+            quant_type=self.name,
+            module=packed,
+        )
+        # The layer would cast the bias at its first forward, and the base must not change then.
+        packed.bias = _copy(linear.bias, dtype)
+        # In eval mode on some CPUs bitsandbytes repacks the weights in place; training and merging then read garbage.
+        packed.support_avx512bf16_for_cpu = False
+        packed.train(linear.training)
+        moved: nn.Module = packed.to(linear.weight.device)  # quantises into new memory
+        return moved
+
+    @override
+    def dequantized(self, module: nn.Module) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        weight: Any = module.weight
+        dense: Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state)
+        return dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4(_FourBit):
+    """Four-bit NormalFloat: the 16 values are quantiles of a normal distribution, as weights are distributed.
 
     Example:
         >>> import torch
@@ -35,64 +103,86 @@ class NF4(Quantizer):
 
     name: ClassVar[str] = "nf4"
 
-    block_size: int = 64
-    """Weights that share one scale."""
-    double_quantization: bool = True
-    """Quantise the scales too: 4.127 instead of 4.5 bits a weight."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the matrix product."""
+
+@dataclass(frozen=True, kw_only=True)
+class FP4(_FourBit):
+    """Four-bit floating point: the 16 values are numbers with two bits of exponent and one of mantissa.
+
+    Example:
+        >>> FP4(block_size=128).to_config()
+        {'block_size': 128, 'double_quantization': True, 'compute_dtype': 'bfloat16'}
+    """
+
+    name: ClassVar[str] = "fp4"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8(Quantizer):
+    """LLM.int8(), bitsandbytes' ``Linear8bitLt``: one scale for each output feature.
+
+    In training on a CPU the layer multiplies with the dequantised weight. Elsewhere it rounds each row of its input to
+    eight bits too and multiplies integers, which gives a result that differs by about one per cent.
+
+    Example:
+        >>> import torch
+        >>> packed = Int8().quantize(torch.nn.Linear(20, 10))
+        >>> packed.weight.dtype, Int8().dequantized(packed).shape
+        (torch.int8, torch.Size([10, 20]))
+    """
+
+    name: ClassVar[str] = "int8"
+
+    threshold: float = 0.0
+    """Input features with a magnitude of this or more are multiplied in full precision (the paper: 6.0); 0 for none."""
 
     def __post_init__(self) -> None:
-        if self.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
-            raise ConfigError(f"NF4 block_size must be a power of two from 64 to 4096, got {self.block_size!r}")
-        if self.compute_dtype not in _DTYPES:
-            raise ConfigError(f"NF4 compute_dtype must be one of {', '.join(_DTYPES)}, got {self.compute_dtype!r}")
+        if not isinstance(self.threshold, (int, float)) or not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"Int8 threshold must be 0 or a positive number, got {self.threshold!r}")
 
     @override
     def quantize(self, linear: nn.Linear) -> nn.Module:
-        if linear.in_features % self.block_size:
-            # bitsandbytes' CPU kernel gives wrong weights for such widths, so they are refused everywhere.
-            raise InjectionError(
-                f"NF4 needs in_features to be a multiple of block_size={self.block_size}, got a layer of {linear.in_features}; "
-                "skip this module or choose another block size"
-            )
+        _refuse_meta(self, linear)
         import bitsandbytes as bnb
 
-        packed: Any = bnb.nn.Linear4bit(
+        packed: Any = bnb.nn.Linear8bitLt(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            compute_dtype=_DTYPES[self.compute_dtype],
-            compress_statistics=self.double_quantization,
-            quant_type="nf4",
+            has_fp16_weights=False,
+            threshold=float(self.threshold),
             device="meta",
         )
-        packed.weight = bnb.nn.Params4bit(
-            linear.weight.detach().clone(),
-            requires_grad=False,
-            blocksize=self.block_size,
-            compress_statistics=self.double_quantization,
-            quant_type="nf4",
-            module=packed,
-        )
-        if linear.bias is not None:
-            packed.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        # In eval mode on some CPUs bitsandbytes repacks the weights in place; training and merging then read garbage.
-        packed.support_avx512bf16_for_cpu = False
-        packed.train(linear.training)
-        moved: nn.Module = packed.to(linear.weight.device)  # quantises
-        return moved
+        # Done by hand, as `.to(device)` quantises only what comes from the CPU.
+        codes, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16).contiguous())
+        packed.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+        packed.bias = _copy(linear.bias)
+        layer: nn.Module = packed.train(linear.training)
+        return layer
 
     @override
     def dequantized(self, module: nn.Module) -> Tensor:
-        import bitsandbytes.functional as bnb
-
-        weight: Any = module.weight
-        dense: Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state)
+        layer: Any = module
+        # The first forward moves the scales from the weight to the state of the layer.
+        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # (out,)
+        dense: Tensor = layer.weight.data.to(torch.float32).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
         return dense
+
+
+def _copy(bias: Tensor | None, dtype: torch.dtype | None = None) -> nn.Parameter | None:
+    """Return a frozen copy of ``bias`` in ``dtype``."""
+    if bias is None:
+        return None
+    return nn.Parameter(bias.detach().to(dtype or bias.dtype, copy=True), requires_grad=False)
+
+
+def _refuse_meta(quantizer: Quantizer, linear: nn.Linear) -> None:
+    if linear.weight.is_meta:
+        raise InjectionError(
+            f"{type(quantizer).__name__} needs the weights, got a layer on the meta device; load the base before it is quantised"
+        )
 
 
 @hookimpl
 def register_quantizers() -> list[type[Quantizer]]:
     """Register the quantizers of bitsandbytes."""
-    return [NF4]
+    return [NF4, FP4, Int8]

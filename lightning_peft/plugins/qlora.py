@@ -1,0 +1,232 @@
+"""QLoRA: LoRA over a base whose frozen weights are quantised.
+
+Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (arXiv:2305.14314)::
+
+    y = dequantised(W) x + s B A x        s = alpha / rank
+
+    x ──┬── dequantised(W) (4 bits) ───(+)── y        A: (rank, in)   random, float32
+        └── A ── B ── s ────────────────┘             B: (out, rank)  zero, float32
+
+:meth:`QLoRA.prepare` quantises the base, one layer after the other. Everything else is LoRA's: the one method here that
+builds on another. Its files are LoRA's too, so HF PEFT reads them, and over a base in 16 or 32 bit they are a LoRA adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
+from lightning_peft.errors import ConfigError, InjectionError, LightningPEFTWarning
+from lightning_peft.hookspecs import hookimpl
+from lightning_peft.interfaces import Method, Quantizer
+from lightning_peft.plugins.lora import LoRA
+from lightning_peft.registry import get_registry
+from lightning_peft.targets import Targets, is_linear, resolve_targets
+
+_MARK = "_lightning_peft_quantized_as"
+"""Attribute of a layer that was quantised here: the name of the quantizer."""
+_SETTINGS = ("block_size", "double_quantization", "compute_dtype", "threshold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLoRA(LoRA):
+    """LoRA over a base that is quantised before adapters go in: every linear layer but the output head.
+
+    Raises:
+        UnknownNameError: no quantizer is registered under ``quantization``.
+        ConfigError: a setting is out of range, or one that the quantizer does not have.
+
+    Example:
+        >>> import torch
+        >>> from lightning_peft import inject
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+        >>> _ = inject(model, QLoRA(rank=2, skip=["2"]), "0")
+        >>> model[0].base_layer.weight.dtype, model[2].weight.dtype
+        (torch.uint8, torch.float32)
+    """
+
+    name: ClassVar[str] = "qlora"
+    mergeable: ClassVar[bool] = False
+    merge_refusal: ClassVar[str] = (
+        "and its base is quantised: packed weights cannot take an update. Save the adapter and load its folder over the base in "
+        "16 or 32 bit, where it is a LoRA adapter that merges"
+    )
+
+    quantization: str = "nf4"
+    """Registered name of the quantizer: ``nf4``, ``fp4``, ``int8``, or one of a plugin."""
+    block_size: int | None = None
+    """Weights that share one scale; the quantizer's default if None."""
+    double_quantization: bool | None = None
+    """Quantise the scales too; the quantizer's default if None."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the products with quantised weights; the quantizer's default if None."""
+    threshold: float | None = None
+    """Magnitude from which ``int8`` multiplies input features in full precision; the quantizer's default if None."""
+    skip: Sequence[str] = ()
+    """Targets (roles, globs or ``re:``) that are never quantised, besides the output head."""
+
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
+        self._spec()
+        _ = self.quantizer
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer, with the settings that were given."""
+        kind: type[Quantizer] = get_registry().get("quantizer", self.quantization)
+        known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        given = {key: getattr(self, key) for key in _SETTINGS if getattr(self, key) is not None}
+        for key in given:
+            if key not in known:
+                raise ConfigError(
+                    f"QLoRA {key}={given[key]!r} was given, but the quantizer {self.quantization!r} has no such setting; "
+                    f"leave it out. It has: {', '.join(sorted(known)) or 'none'}"
+                )
+        return kind(**given)
+
+    def _spec(self) -> Targets:
+        return Targets(include=("all_linear",), exclude=self.skip)
+
+    # -- the base --------------------------------------------------------------------------------------------------
+
+    @override
+    def prepare(self, model: nn.Module) -> None:
+        """Quantise the linear layers of ``model`` in place, one by one, but for its head and what ``skip`` names.
+
+        A base with quantised layers, from here or from transformers, keeps its layers as they are. A layer that cannot
+        be quantised, for instance because its width is not a multiple of the block size, stays as it is with a warning.
+
+        Raises:
+            TargetError: a target of ``skip`` matches nothing.
+            InjectionError: no layer can be quantised, an adapter is merged into the base, or the base was quantised
+                elsewhere and repacked for inference.
+        """
+        if packed := _packed(model):
+            self._adopt(packed)
+            return
+        if any(layer.merged for layer in adapter_layers(model).values()):
+            raise InjectionError("QLoRA cannot quantise a base that an adapter is merged into; unmerge_adapters first")
+        family = get_registry().resolve_family(model)
+        found = resolve_targets(model, self._spec(), family, supports=is_linear, method="QLoRA")
+        refused: dict[str, str] = {}
+        places = _places(model, {target.path for target in found})
+        quantizer, done = self.quantizer, 0
+        for path, holders in places.items():
+            parent, child_name = holders[0]
+            try:
+                packed_layer = _quantized(quantizer, parent._modules[child_name])
+            except InjectionError as error:
+                refused[path] = str(error)
+                continue
+            vars(packed_layer)[_MARK] = self.quantization
+            # Nothing holds the layer that stood here any longer: its weight is freed before the next one is packed.
+            for parent, child_name in holders:
+                parent._modules[child_name] = packed_layer
+            done += 1
+        if refused:
+            self._tell(refused, done)
+
+    def _tell(self, refused: Mapping[str, str], done: int) -> None:
+        """Name the layers that stay as they are; refuse if that is all of them."""
+        first = next(iter(refused.values()))
+        if not done:
+            raise InjectionError(
+                f"QLoRA found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
+                "Use LoRA, which leaves the base as it is, or other settings"
+            )
+        names = ", ".join(sorted(refused)[:20]) + (", ..." if len(refused) > 20 else "")
+        warnings.warn(
+            f"QLoRA leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
+            "Name them in skip= to say that this is wanted",
+            LightningPEFTWarning,
+            stacklevel=3,
+        )
+
+    def _adopt(self, packed: Mapping[str, nn.Module]) -> None:
+        """Take a base that is quantised already, if it can be trained over."""
+        misread = []
+        for path, module in packed.items():
+            state: Any = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                raise InjectionError(
+                    f"{path!r} was quantised by bitsandbytes and repacked for inference in a forward in eval mode, which cannot be trained "
+                    "over; load the base again and inject before its first forward"
+                )
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                vars(module)["support_avx512bf16_for_cpu"] = False  # never repack, see the quantizers
+            size = getattr(state, "blocksize", None)
+            if size and module.weight.device.type == "cpu" and state.shape[-1] % size:
+                misread.append(path)
+        found = {_kind(module) or self.quantization for module in packed.values()}
+        if self.quantization not in found:
+            warnings.warn(
+                f"QLoRA with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
+                "already and stays as it is; load it unquantised, or name its quantization",
+                LightningPEFTWarning,
+                stacklevel=3,
+            )
+        if misread:
+            warnings.warn(
+                f"on a CPU bitsandbytes reads back wrong weights where the width of a layer is not a multiple of its block size: "
+                f"{', '.join(misread[:20])} ({len(misread)}). Load the base unquantised, and QLoRA will leave these layers as they are",
+                LightningPEFTWarning,
+                stacklevel=3,
+            )
+
+    @override
+    def loaded_over(self, model: nn.Module) -> Method:
+        if _packed(model):
+            return self
+        return LoRA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRA)})
+
+
+def _packed(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the quantised layers of the base by path."""
+    return {path: module for path, held in base_modules(model) if _is_packed(module := unwrapped(held))}
+
+
+def _is_packed(module: nn.Module) -> bool:
+    if _MARK in vars(module):
+        return True
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return weight is not None and (not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None)
+
+
+def _kind(module: nn.Module) -> str | None:
+    """Return the name of the quantizer that a layer is from, where it can be known."""
+    if _MARK in vars(module):
+        return str(vars(module)[_MARK])
+    kind = getattr(module.weight, "quant_type", None)
+    return str(kind) if kind else "int8" if type(module).__name__ == "Linear8bitLt" else None
+
+
+def _quantized(quantizer: Quantizer, module: nn.Module | None) -> nn.Module:
+    if type(module) is not nn.Linear:  # a subclass may do more than multiply
+        raise InjectionError(f"a {type(module).__name__} is not a plain nn.Linear")
+    return quantizer.quantize(module)
+
+
+def _places(model: nn.Module, paths: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return, by path, every module that holds the layer there and under which name: never the layers themselves."""
+    wanted = {id(unwrapped(module)): path for path, module in base_modules(model) if path in paths}
+    places: dict[str, list[tuple[nn.Module, str]]] = {path: [] for path in wanted.values()}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            if id(child) in wanted:
+                places[wanted[id(child)]].append((parent, child_name))
+    return places
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Register QLoRA."""
+    return [QLoRA]
