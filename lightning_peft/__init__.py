@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.module import PEFTModule as PEFTModule
+    from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
+    from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
@@ -62,6 +64,7 @@ _HOME = {
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
+    "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
@@ -93,6 +96,7 @@ _HOME = {
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
     "delete_adapter": "surgery",
+    "drop_adapters": "plugins.bottleneck",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
     "inject": "surgery",

@@ -35,6 +35,7 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
+    "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
