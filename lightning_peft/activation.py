@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_peft.adapter_layer import adapter_layers, adapter_names, adapters_named
-from lightning_peft.errors import InjectionError
+from lightning_peft.errors import InjectionError, MergeError
 from lightning_peft.injection import records
 
 
@@ -20,9 +20,15 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         AdapterNotFoundError: the model has no adapter of one of the names.
+        MergeError: an adapter that is not among them is merged into the base.
     """
-    names = [names] if isinstance(names, str) else list(names)
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     layers = adapter_layers(model)
+    left = sorted({name for layer in layers.values() for name in layer.merged} - set(names))
+    if left:
+        raise MergeError(
+            f"adapter {left[0]!r} is merged into the base and would go on acting beside {names}; call unmerge_adapters(model) first"
+        )
     present = adapter_names(model)
     for name in names:
         if name not in present:

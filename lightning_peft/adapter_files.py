@@ -95,7 +95,12 @@ def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:
         raise AdapterConfigError(
             f"{str(folder / OWN_CONFIG)!r} has format_version {own.get('format_version')!r}; this version reads {FORMAT_VERSION}"
         )
-    for file, expected in dict(own.get("files") or {}).items():
+    files = own.get("files")
+    if not isinstance(files, dict) or WEIGHTS not in files or not isinstance(own.get("base"), dict):
+        raise AdapterConfigError(
+            f"{str(folder / OWN_CONFIG)!r} needs 'files' with the hash of {WEIGHTS} and 'base', found {files!r}"
+        )
+    for file, expected in files.items():
         if file not in (WEIGHTS, HF_CONFIG):
             raise AdapterConfigError(f"{str(folder / OWN_CONFIG)!r} vouches for an unknown file {file!r}")
         content = weights if file == WEIGHTS else (folder / file).read_bytes() if (folder / file).is_file() else b""

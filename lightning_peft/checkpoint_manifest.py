@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.activation import active_adapters
 from lightning_peft.adapter_layer import base_parameters
 from lightning_peft.errors import CheckpointMismatchError
 from lightning_peft.fingerprint import Fingerprint, fingerprint, quantized_names, to_json
@@ -70,6 +71,7 @@ def _adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
             "method": injection.method.name,
             "fields": injection.method.to_config(),
             "places": injection.paths,
+            "active": name in active_adapters(root),
         }
         for path, root in roots_by_path(module).items()
         for name, injection in records(root).items()
@@ -82,11 +84,11 @@ def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any]) -> Non
             f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
         )
     for name, held in stored.items():
-        for label in ("method", "fields", "places"):
-            if held[label] != here[name][label]:
+        for label in ("method", "fields", "places", "active"):
+            if held.get(label) != here[name][label]:
                 raise CheckpointMismatchError(
                     f"adapter {name!r}: {label} of the checkpoint and of the module differ: "
-                    f"{_first_difference(held[label], here[name][label])}. Resume with the settings of the checkpoint, or start a new run "
+                    f"{_first_difference(held.get(label), here[name][label])}. Resume with the settings of the checkpoint, or start a new run "
                     "from its adapter folder"
                 )
 

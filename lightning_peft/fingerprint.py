@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
+from lightning_peft.adapter_layer import AdapterLayer, base_modules, base_parameters, unwrapped
 
 SAMPLES = 16
 """Elements taken from each parameter."""
@@ -84,11 +84,17 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
 
 
 def to_json(model: nn.Module) -> dict[str, Any]:
-    """Return the fingerprint of ``model`` as it is stored."""
+    """Return the fingerprint of the base of an adapted ``model`` as it is stored.
+
+    Parameters of the base that are trained are listed with the quantised ones: they are not compared.
+    """
     found = fingerprint(model)
     if found is None:
         return {"digest": None, "tensors": {}, "quantized": []}
-    return {"digest": found.digest, "tensors": dict(found.tensors), "quantized": sorted(quantized_names(model))}
+    trained = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
+    left_out = sorted(quantized_names(model) | trained)
+    kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
+    return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out}
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class Injection:
 
 def records(model: nn.Module) -> dict[str, Injection]:
     """Return what was injected into ``model``, by adapter name."""
+    while "_orig_mod" in model._modules:  # what torch.compile hides
+        model = model._modules["_orig_mod"]  # type: ignore[assignment]
     if _RECORDS not in model.__dict__:
         model.__dict__[_RECORDS] = {}
     found: dict[str, Injection] = model.__dict__[_RECORDS]

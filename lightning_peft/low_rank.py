@@ -388,7 +388,7 @@ def _adapter_dtype(base: torch.dtype, wanted: str) -> torch.dtype:
 
 
 def _hooked(module: Any) -> bool:
-    """Tell whether somebody listens to ``module``, so that it must be called rather than computed."""
-    return bool(
+    """Tell whether somebody listens to ``module`` or replaced its forward, so that it must be called rather than computed."""
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_peft.activation import active_adapters
-from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
+from lightning_peft.adapter_layer import (
+    AdapterLayer,
+    adapter_layers,
+    adapter_names,
+    adapters_named,
+    base_modules,
+    unwrapped,
+)
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import records
 
@@ -18,16 +25,23 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -
 
     Args:
         model: an adapted model.
-        names: adapters to merge; the active ones if None.
+        names: adapters to merge; the active ones that are not merged yet if None.
 
     Raises:
         AdapterNotFoundError: the model has none of them.
         MergeError: one is merged already, its method cannot merge, a weight is shared with a module that is not
             adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
     """
-    names = [names] if isinstance(names, str) else list(active_adapters(model) if names is None else names)
+    if names is None:
+        merged = {name for layer in adapter_layers(model).values() for name in layer.merged}
+        names = [name for name in active_adapters(model) if name not in merged] or active_adapters(model)
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     if not names:
-        names = ["default"]
+        if not adapter_names(model):
+            adapters_named(model, "default")  # raises, saying that there are none
+        raise MergeError(
+            f"no adapter was named and none is active: {type(model).__name__} holds {', '.join(map(repr, adapter_names(model)))}"
+        )
     for name in names:
         adapters_named(model, name)
         held = records(model).get(name)
@@ -64,7 +78,7 @@ def unmerge_adapters(model: nn.Module) -> None:
 def adapters_merged(model: nn.Module) -> Iterator[nn.Module]:
     """Have every active adapter merged into the base for the time of a ``with`` block."""
     before = {path: layer.merged for path, layer in adapter_layers(model).items()}
-    waiting = [name for name in active_adapters(model) if not all(name in merged for merged in before.values())]
+    waiting = [name for name in active_adapters(model) if not any(name in merged for merged in before.values())]
     if waiting:
         merge_adapters(model, waiting)
     try:

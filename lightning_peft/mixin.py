@@ -7,6 +7,7 @@ hide missing and foreign keys, so names and shapes are stored beside the tensors
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.resuming import ExactResume
 
@@ -43,6 +44,15 @@ class PEFTMixin(ExactResume, _Host):
     A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in order and order.index("LightningModule") < order.index("PEFTMixin"):
+            raise TypeError(
+                f"class {cls.__name__} names LightningModule before PEFTMixin, so the mixin would have no effect and checkpoints would hold "
+                f"the base; write class {cls.__name__}(PEFTMixin, LightningModule)"
+            )
+
     @property
     def strict_loading(self) -> bool:
         """Always False: the base is not in the checkpoint. :meth:`on_load_checkpoint` compares everything else."""
@@ -68,6 +78,13 @@ class PEFTMixin(ExactResume, _Host):
         """Put frozen batch normalisation into eval mode, whoever put the model into train mode."""
         super().on_train_start()
         self._keep_statistics()
+        if self.trainer.precision in ("bf16-true", "16-true") and adapted_roots(self):
+            warnings.warn(
+                f"precision={self.trainer.precision!r} rounds the adapters to 16 bits too, and small updates of them are lost; "
+                f"use {self.trainer.precision.replace('true', 'mixed')!r} over a base loaded in 16 bits",
+                LightningPEFTWarning,
+                stacklevel=2,
+            )
 
     def _keep_statistics(self) -> None:
         for root in adapted_roots(self):

@@ -212,9 +212,9 @@ class PEFTModule(PEFTMixin, LightningModule):
         if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
             return None
         predicted = logits[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return predicted, labels
-        return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
+        if _predicts_the_next_token(self.model):
+            return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
+        return predicted, labels
 
     def _metrics_for(self, stage: str, dataloader_idx: int, *, with_tokens: bool) -> Mapping[str, Metric]:
         key = f"{stage}-{dataloader_idx}"
@@ -287,6 +287,15 @@ def _target(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return batch.get("labels", batch)
     return batch[-1] if isinstance(batch, (tuple, list)) else batch
+
+
+def _predicts_the_next_token(model: nn.Module | None) -> bool:
+    """Tell whether a position of the logits is about the token after it, as in a causal language model."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    # Of the models of transformers, those that label or fill in each position say so in their names.
+    return not type(model).__name__.endswith(("ForTokenClassification", "ForMaskedLM", "ForPreTraining"))
 
 
 def _labels(batch: Any) -> Tensor | None:

@@ -8,10 +8,11 @@ What Lightning does at the end of an epoch, and where the draws of the data load
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.random_state import of_all_processes, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -38,7 +39,21 @@ class ExactResume(_Host):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of the random number generators."""
         super().on_save_checkpoint(checkpoint)
+        self._warn_of_gathered_gradients()
         checkpoint[RANDOM_STATES] = of_all_processes(self._before_validation or random_state())
+
+    def _warn_of_gathered_gradients(self) -> None:
+        if getattr(self, "_trainer", None) is None:
+            return
+        every, loop = self.trainer.accumulate_grad_batches, self.trainer.fit_loop.epoch_loop
+        done = loop.batch_progress.current.ready
+        if every > 1 and done % every and not loop.batch_progress.is_last_batch and self.trainer.state.fn == "fit":
+            warnings.warn(
+                f"this checkpoint is saved after {done % every} of {every} batches whose gradients are accumulated; it does not hold the "
+                "gradients, so a run that resumes from it is not exact. Save at a multiple of accumulate_grad_batches",
+                LightningPEFTWarning,
+                stacklevel=2,
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the state of the random number generators, if a fit resumes."""

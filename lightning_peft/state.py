@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
@@ -43,6 +44,7 @@ from lightning_peft.errors import (
     BaseMismatchError,
     InjectionError,
     LightningPEFTError,
+    LightningPEFTWarning,
 )
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Slice, Target
@@ -83,6 +85,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     """
     injection = record(model, name)
     tensors = adapter_state_dict(model, name)
+    trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
+    if trained:
+        warnings.warn(
+            f"{len(trained)} parameters of the base are trained, such as {trained[0]!r}; an adapter folder does not hold them, a .ckpt does",
+            LightningPEFTWarning,
+            stacklevel=2,
+        )
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterFileError(
@@ -126,7 +135,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
 def base_name(model: nn.Module) -> str | None:
     """Return the folder or hub id that ``model`` was loaded from, as transformers remembers it."""
     name = getattr(model, "name_or_path", None) or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return str(name) if name else None
+    # A folder by its full path: from another working directory a relative one would pass for a hub id.
+    return None if not name else str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, Any]:
@@ -190,6 +200,10 @@ def load_adapter(
             inject_at(model, injection, name=name, trainable=trainable)
         except LightningPEFTError as error:
             raise AdapterMismatchError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}") from error
+        if any(tensor.is_meta for tensor in adapter_state_dict(model, name).values()):
+            raise AdapterMismatchError(
+                f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
+            )
         tensors = _without_base_copies(model, folder)
         base_names = [key for path, _ in base_parameters(model) for key in (path, _in_layer(path))]
         _check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)

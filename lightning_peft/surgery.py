@@ -112,6 +112,12 @@ def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: b
 
 def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str, trainable: bool) -> Injection:
     method = injection.method
+    merged = sorted({other for layer in adapter_layers(model).values() for other in layer.merged})
+    if merged:
+        raise MergeError(
+            f"adapter {name!r} cannot go in while {merged[0]!r} is merged into the base; call unmerge_adapters(model) first, or "
+            "unload_adapters(model) to make the merged weights the base"
+        )
     overrides = _overrides(model, method, injection.targets, family)
     method.prepare(model)
     modules = dict(base_modules(model))
@@ -122,7 +128,8 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
         adapter.reset_parameters(module)
         made.append((modules[target.path], adapter))
-    freeze(model)
+    if not records(model):  # later, what its user unfroze stays so
+        freeze(model)
     parents = _parents(model)
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])

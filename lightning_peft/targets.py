@@ -125,6 +125,13 @@ def resolve_targets(
         raise TargetError(
             f"{spec} leaves nothing to adapt in {type(model).__name__}: exclude or layers removed every match"
         )
+    kept = {target.path for target in result}
+    for word in spec.include:
+        if not any(word == hit for path in kept for hit, _ in found[path]):
+            raise TargetError(
+                f"target {word!r} of {spec} has no place left: exclude or layers removed every match of it. Leave it out, or adapt it "
+                "on its own"
+            )
     return result
 
 

@@ -179,3 +179,16 @@ def test_a_state_with_a_missing_or_unknown_key_is_refused(configured):
         configured.load_state_dict(state)
     found = configured.load_state_dict(state, strict=False)
     assert (found.missing_keys, found.unexpected_keys) == ([ADAPTER[0]], ["model.0.lora_A"])
+
+
+def test_the_mixin_after_lightning_module_is_refused_because_it_would_have_no_effect():
+    from lightning.pytorch import LightningModule
+
+    from lightning_peft import PEFTMixin
+
+    with pytest.raises(
+        TypeError, match=r"names LightningModule before PEFTMixin.*write class Wrong\(PEFTMixin, LightningModule\)"
+    ):
+
+        class Wrong(LightningModule, PEFTMixin):
+            pass

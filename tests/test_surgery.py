@@ -323,3 +323,86 @@ def test_a_pattern_for_one_of_several_slices_of_a_fused_projection_is_refused():
         inject(model, LoRA(rank=2, rank_pattern={"query": 4}), ["query", "value"])
     inject(model, LoRA(rank=2, rank_pattern={"query": 4}), "query")
     assert model.transformer.h[0].attn.c_attn.adapters["default"].rank == 4
+
+
+def test_a_name_given_twice_counts_once():
+    model = adapted()
+    out = model(IDS)
+    set_active_adapters(model, ["default", "default"])
+    assert torch.equal(model(IDS), out)
+    merge_adapters(model, ["default", "default"])
+    assert torch.allclose(model(IDS), out, atol=1e-5)
+    assert model.head.merged == ("default",)
+
+
+def test_nothing_is_merged_where_nothing_is_active():
+    model = adapted()
+    set_active_adapters(model, [])
+    for names in (None, []):
+        with pytest.raises(MergeError, match="no adapter was named and none is active: Net holds 'default'"):
+            merge_adapters(model, names)
+
+
+def test_while_an_adapter_is_merged_no_other_goes_in_or_takes_its_place(tmp_path):
+    model = adapted()
+    save_adapter(model, tmp_path)
+    inject(model, LoRA(rank=1), "head", name="other")
+    set_active_adapters(model, "default")
+    merge_adapters(model)
+    out = model(IDS)
+    for names in ([], ["other"]):
+        with pytest.raises(MergeError, match="adapter 'default' is merged into the base and would go on acting beside"):
+            set_active_adapters(model, names)
+    with pytest.raises(MergeError, match="adapter 'third' cannot go in while 'default' is merged into the base"):
+        inject(model, LoRA(rank=1), "head", name="third")
+    with pytest.raises(Exception, match="adapter 'third' cannot go in while 'default' is merged"):
+        load_adapter(model, tmp_path, name="third")
+    assert torch.equal(model(IDS), out)
+    set_active_adapters(model, ["default", "other"])
+
+
+def test_a_second_injection_leaves_alone_what_its_user_unfroze():
+    model = adapted("head")
+    model.embedding.weight.requires_grad_(True)
+    inject(model, LoRA(rank=1), "head", name="other")
+    assert model.embedding.weight.requires_grad
+
+
+def test_a_trained_parameter_of_the_base_is_said_to_be_missing_from_the_folder_and_is_not_compared(tmp_path):
+    model = adapted("head")
+    with torch.no_grad():
+        model.embedding.weight.requires_grad_(True).add_(1.0)
+    with pytest.warns(
+        UserWarning,
+        match="1 parameters of the base are trained, such as 'embedding.weight'; an adapter folder does not hold",
+    ):
+        save_adapter(model, tmp_path)
+    load_adapter(Net(), tmp_path)
+
+
+def test_a_base_on_the_meta_device_takes_no_trained_adapter(tmp_path):
+    save_adapter(adapted("head"), tmp_path)
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(
+        Exception, match="cannot be loaded while Net is on the meta device; load the weights of the base first"
+    ):
+        load_adapter(model, tmp_path)
+    assert not adapter_layers(model)
+
+
+def test_a_layer_whose_forward_was_replaced_is_called():
+    model = Net().eval()
+    head = model.head
+    original = head.forward
+    head.forward = lambda x: original(x) * 0 + 7
+    inject(model, LoRA(rank=1), "head")
+    assert torch.equal(model(IDS), torch.full((2, 5, 11), 7.0))
+
+
+def test_an_adapter_is_saved_through_a_compiled_model(tmp_path):
+    model = adapted()
+    save_adapter(torch.compile(model, backend="eager"), tmp_path)
+    again = Net().eval()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(IDS), model(IDS))

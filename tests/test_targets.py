@@ -247,8 +247,13 @@ def test_layers_are_a_list_or_a_slice(layers: Any, kept: list[int]) -> None:
     assert paths(Targets(include="query", layers=layers)) == [QUERIES[index] for index in kept]
 
 
-def test_layers_leave_out_what_is_in_no_layer() -> None:
-    assert paths(Targets(include=["query", "embed", "classifier"], layers=[1])) == [QUERIES[1]]
+def test_a_target_that_layers_or_exclusions_remove_wholly_is_an_error() -> None:
+    with pytest.raises(
+        TargetError, match="target 'embed' of .* has no place left: exclude or layers removed every match"
+    ):
+        paths(Targets(include=["query", "embed"], layers=[1]))
+    with pytest.raises(TargetError, match="target 'classifier' of .* has no place left"):
+        paths(Targets(include=["query", "classifier"], exclude=["classifier"]))
 
 
 def test_layers_count_in_each_stack_of_its_own() -> None:

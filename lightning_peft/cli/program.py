@@ -38,6 +38,10 @@ FLAGS = {"merge": {"overwrite": "Replace the model that stands in the output fol
 """Arguments of a verb that are given without a value, with their help."""
 
 
+REFUSALS = ("MisconfigurationException", "SafetensorError")
+"""Errors of other libraries that tell their user what is wrong, by name, so that none of these is imported for it."""
+
+
 def main(args: list[str] | None = None) -> int | None:
     """Run the program.
 
@@ -59,6 +63,11 @@ def main(args: list[str] | None = None) -> int | None:
             OWN_VERBS[parsed.verb](**arguments)
     except LightningPEFTError as error:
         sys.stderr.write(f"error: {error}\n")
+        return 2
+    except Exception as error:
+        if not isinstance(error, (OSError, UnicodeError)) and type(error).__name__ not in REFUSALS:
+            raise
+        sys.stderr.write(f"error: {type(error).__name__}: {error}\n")
         return 2
     except SystemExit as stop:  # --help, --version, a refused command line
         if isinstance(stop.code, str):

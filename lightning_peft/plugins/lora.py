@@ -82,6 +82,9 @@ class LoRA(Method):
     """Precision of the adapter: at least float32, or that of the base."""
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"LoRA {name} must map targets to values, got {getattr(self, name)!r}")
         for label, rank in {
             "rank": self.rank,
             **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()},
@@ -204,6 +207,9 @@ class LoRA(Method):
                     f"this LoRA does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
                 )
         try:
+            for name in ("rank_pattern", "alpha_pattern"):
+                if not isinstance(config.get(name) or {}, Mapping):
+                    raise ConfigError(f"{name} must map patterns to values, got {config[name]!r}")
             return cls(
                 rank=config.get("r", 8),
                 alpha=config.get("lora_alpha", 8),
@@ -264,6 +270,10 @@ def _pattern(key: str) -> str:
         raise AdapterConfigError(
             f"the pattern {key!r} is refused: nested repetitions in a regular expression may never end"
         )
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise AdapterConfigError(f"the pattern {key!r} is not a regular expression: {error}") from error
     return rf"re:(.*\.)?(?:{key})"
 
 

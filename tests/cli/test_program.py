@@ -221,3 +221,11 @@ def test_plugins_lists_what_each_provides_and_why_one_is_broken(capsys, tmp_path
     assert re.search(
         r"acme-broken 1.2 \(acme = acme_broken\) +│ - +│ broken: ImportError: no module \[acme_kernels\] \[/x\] │", text
     )
+
+
+def test_what_other_libraries_refuse_is_an_error_without_a_traceback(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe{")
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 2
+    captured = capsys.readouterr().err
+    assert "error: " in captured
+    assert "Traceback" not in captured
