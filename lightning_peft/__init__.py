@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.module import PEFTModule as PEFTModule
+    from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
@@ -59,6 +61,7 @@ _HOME = {
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
+    "BitFit": "plugins.bitfit",
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
@@ -71,6 +74,7 @@ _HOME = {
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
+    "NormTuning": "plugins.norm_tuning",
     "PEFTCLI": "cli",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",

@@ -84,6 +84,9 @@ class Adapter(nn.Module, ABC):
     can be built on the meta device and materialised later. No state may stay on an adapter between two forwards.
     """
 
+    tied_parameters: frozenset[str] = frozenset()
+    """Parameters of the adapted module that other modules share, and that this adapter and theirs train as one."""
+
     @abstractmethod
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` (the adapted module, or a further adapter around it) with this adapter in effect."""

@@ -34,6 +34,8 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
+    "lightning_peft.plugins.bitfit",
+    "lightning_peft.plugins.norm_tuning",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
