@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
+    from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.quantizers import NF4 as NF4
+    from lightning_peft.plugins.top_layers import TopLayers as TopLayers
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
@@ -65,6 +67,7 @@ _HOME = {
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
+    "FullFineTuning": "plugins.full",
     "Fused": "families",
     "Injection": "injection",
     "LightningPEFTError": "errors",
@@ -85,6 +88,7 @@ _HOME = {
     "Target": "interfaces",
     "Targets": "targets",
     "TextDataModule": "data",
+    "TopLayers": "plugins.top_layers",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",

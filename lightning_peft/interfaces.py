@@ -192,6 +192,9 @@ class Method(_Named, ABC):
         """Return all places the method adapts, given the resolved ``targets``; a subclass with a global view adds some."""
         return targets
 
+    def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Let fresh ``adapters``, by module path, share what they hold together; the model does not hold them yet."""
+
     def patterns(self) -> Mapping[str, Mapping[str, Any]]:
         """Return ``{field: {target pattern: value}}`` for the fields that may differ from place to place."""
         return {}

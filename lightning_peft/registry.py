@@ -36,6 +36,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
+    "lightning_peft.plugins.top_layers",
+    "lightning_peft.plugins.full",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
