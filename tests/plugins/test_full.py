@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft import (
     FullFineTuning,
+    adapter_layers,
     adapter_state_dict,
     inject,
     load_adapter,
@@ -77,12 +78,31 @@ def test_tied_weights_stay_one_tensor_from_the_meta_device():
     with torch.device("meta"):
         model = tiny_gpt2()
         inject(model, FullFineTuning())
-    parameters = trainable_summary(model).trainable
+    parameters = sum(parameter.numel() for parameter in tiny_gpt2().parameters())
+    assert trainable_summary(model).trainable == parameters
     for path in ("transformer.wte", "lm_head"):
         layer = model.get_submodule(path)
         layer.base_layer.weight = nn.Parameter(torch.zeros(128, 64), requires_grad=False)
     model.transformer.to_empty(device="cpu")
     materialize_adapters(model)
+    assert trainable_summary(model).trainable == parameters
+
+
+def test_a_container_that_lends_a_bias_to_a_layer_inside_is_no_place():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    size = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
+    with torch.device("meta"):
+        model = RobertaForMaskedLM(RobertaConfig(**size))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    inject(model, FullFineTuning())
+    assert "lm_head" not in adapter_layers(model)
     assert trainable_summary(model).trainable == parameters
 
 
