@@ -38,14 +38,18 @@ if TYPE_CHECKING:
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.module import PEFTModule as PEFTModule
+    from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
+    from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.plugins.quantizers import Int8 as Int8
+    from lightning_peft.plugins.top_layers import TopLayers as TopLayers
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
@@ -64,11 +68,13 @@ _HOME = {
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
+    "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
+    "FullFineTuning": "plugins.full",
     "Fused": "families",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
@@ -79,6 +85,7 @@ _HOME = {
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
+    "NormTuning": "plugins.norm_tuning",
     "PEFTCLI": "cli",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
@@ -90,6 +97,7 @@ _HOME = {
     "Target": "interfaces",
     "Targets": "targets",
     "TextDataModule": "data",
+    "TopLayers": "plugins.top_layers",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",

@@ -84,6 +84,9 @@ class Adapter(nn.Module, ABC):
     can be built on the meta device and materialised later. No state may stay on an adapter between two forwards.
     """
 
+    tied_parameters: frozenset[str] = frozenset()
+    """Parameters of the adapted module that other modules share, and that this adapter and theirs train as one."""
+
     @abstractmethod
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``base`` (the adapted module, or a further adapter around it) with this adapter in effect."""
@@ -200,6 +203,9 @@ class Method(_Named, ABC):
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
         """Return all places the method adapts, given the resolved ``targets``; a subclass with a global view adds some."""
         return targets
+
+    def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Let fresh ``adapters``, by module path, share what they hold together; the model does not hold them yet."""
 
     def patterns(self) -> Mapping[str, Mapping[str, Any]]:
         """Return ``{field: {target pattern: value}}`` for the fields that may differ from place to place."""

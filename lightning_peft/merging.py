@@ -48,6 +48,7 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -
         if held is not None and not held.method.mergeable:
             raise MergeError(f"adapter {name!r} is a {held.method.name!r} adapter, {held.method.merge_refusal}")
     _refuse_shared(model, names)
+    _refuse_several(model, names)
     done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
     try:
         for layer in adapter_layers(model).values():
@@ -99,8 +100,25 @@ def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:
     for path, layer in adapter_layers(model).items():
         if any(name in layer.adapters for name in names):
             for key, parameter in layer.base_layer.named_parameters(recurse=False):
-                if len(users[id(parameter)]) > 1:
+                if len(users[id(parameter)]) > 1 and not _tied(layer, key, names):
                     raise MergeError(
                         f"{path}.{key} is shared by {', '.join(users[id(parameter)])}: merging the adapter into it would change "
                         "the others too. Untie the weights first, or keep the adapter active"
                     )
+
+
+def _tied(layer: AdapterLayer, key: str, names: Sequence[str]) -> bool:
+    """Tell whether the adapters ``names`` here change the parameter ``key`` together with all modules that share it."""
+    return all(key in layer._adapter(name).tied_parameters for name in names if name in layer.adapters)
+
+
+def _refuse_several(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to merge adapters at one place that cannot act together."""
+    for path, layer in adapter_layers(model).items():
+        here = [name for name in dict.fromkeys((*layer.merged, *names)) if name in layer.adapters]
+        for name in here if len(here) > 1 else []:
+            held = records(model).get(name)
+            if held is not None and not held.method.composable:
+                raise MergeError(
+                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; merge one of them"
+                )

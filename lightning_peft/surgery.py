@@ -122,12 +122,14 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     method.prepare(model)
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
-    made = []
+    made, fresh = [], {}
     for target in method.expand(model, injection.targets, family):
         module = unwrapped(modules[target.path])
         adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
         adapter.reset_parameters(module)
         made.append((modules[target.path], adapter))
+        fresh[target.path] = adapter
+    method.connect(model, fresh)
     if not records(model):  # later, what its user unfroze stays so
         freeze(model)
     parents = _parents(model)

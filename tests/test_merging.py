@@ -191,3 +191,17 @@ def test_adapters_that_do_not_commute_are_merged_in_the_order_in_which_they_act_
         assert torch.allclose(model(X), out, atol=1e-5)
         unmerge_adapters(model)
         assert torch.equal(model(X), out)
+
+
+def test_adapters_that_act_alone_are_not_merged_over_each_other():
+    from lightning_peft import NormTuning
+
+    model = nn.Sequential(nn.LayerNorm(4))
+    for name in ("one", "two"):
+        inject(model, NormTuning(), name=name)
+    message = "are all at '0', but 'norm_tuning' acts alone at a place; merge one of them"
+    with pytest.raises(MergeError, match=message):
+        merge_adapters(model, ["one", "two"])
+    merge_adapters(model, "one")
+    with pytest.raises(MergeError, match=message):
+        merge_adapters(model, "two")
