@@ -149,3 +149,10 @@ def test_load_from_checkpoint_is_as_strict(checkpoint, tmp_path):
     torch.save(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointMismatchError, match="rank was 2 and is 5"):
         PEFTModule.load_from_checkpoint(tmp_path / "x.ckpt", base=net(), method=LoRA(rank=5), targets=["0"])
+
+
+def test_another_choice_of_active_adapters_is_refused(refused):
+    refused(
+        "active of the checkpoint and of the module differ: was False and is True",
+        change=lambda content: content["lightning_peft"]["adapters"]["model:default"].update(active=False),
+    )

@@ -437,3 +437,22 @@ def test_mixed_precision_keeps_adapters_in_float32(llama_dir, make_trainer, tmp_
     assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
     assert all(not torch.equal(before[key], value) for key, value in module.state_dict().items())
     assert math.isfinite(trainer.callback_metrics["val_loss"])
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder_decoder", "shifted"),
+    [
+        ("LlamaForCausalLM", False, True),
+        ("BertForTokenClassification", False, False),
+        ("BertForMaskedLM", False, False),
+        ("T5ForConditionalGeneration", True, False),
+    ],
+)
+def test_labels_are_shifted_for_models_that_predict_the_next_token_only(name, encoder_decoder, shifted):
+    import types
+
+    from lightning_peft.module import _predicts_the_next_token
+
+    model = type(name, (torch.nn.Module,), {})()
+    model.config = types.SimpleNamespace(is_encoder_decoder=encoder_decoder)
+    assert _predicts_the_next_token(model) is shifted
