@@ -30,7 +30,7 @@ class LayerPreparation(ABC):
     def replacement(self, path: str, layer: nn.Module) -> nn.Module:
         """Return what stands at ``path`` from now on instead of ``layer``, or ``layer`` itself. Nothing may keep ``layer``."""
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  # most have nothing to tell
         """Called when every layer was replaced or kept, to tell what could not be done."""
 
 

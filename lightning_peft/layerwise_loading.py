@@ -129,7 +129,9 @@ class Arrival(ConversionOps):  # type: ignore[misc]  # transformers is not typed
 
     @override
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, model: Any, missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any, missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the tensors that transformers shall put into the model itself."""
         rest = {}
         for name in list(input_dict):
@@ -172,7 +174,7 @@ class Reader(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
         """Leave the model as if it had been loaded without a quantizer."""
         del model.hf_quantizer
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if getattr(config, "quantization_config", None) is self.quantization_config:
                 del config.quantization_config
 
