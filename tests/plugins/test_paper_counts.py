@@ -156,7 +156,6 @@ MISPRINTED = [
     Row("Table 3", "GPT-2 medium", "LoRA", "0.35", lora(48, 1024, 4), LoRA(rank=4), QUERY_VALUE),  # 0.39M
     Row("Table 3", "GPT-2 large", "LoRA", "0.77", lora(72, 1280, 4), LoRA(rank=4), QUERY_VALUE),  # 0.74M
     Row("Table 5", "GPT-3", "LoRA of Wq", "18", lora(96, 12288, 8), LoRA(rank=8), ("query",)),  # 18.87M, cut
-    Row("Table 15", "GPT-3", "LoRA", "301.9", lora(192, 12288, 64), LoRA(rank=64), QUERY_VALUE),  # 301.99M, cut
 ]
 
 
