@@ -29,6 +29,7 @@ from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, Merg
 
 if TYPE_CHECKING:
     from lightning_peft.families import ModelFamily
+    from lightning_peft.layer_preparation import LayerPreparation
 
 
 HF_PREFIX = "base_model.model."
@@ -222,6 +223,14 @@ class Method(_Named, ABC):
 
         Called at every injection, so it must find a prepared base as it left it.
         """
+
+    def layer_preparation(self, model: nn.Module) -> LayerPreparation | None:
+        """Return :meth:`prepare` as a change that goes layer by layer, or None where it is not one.
+
+        A loader asks for it before it reads the weights of ``model``, which are on the meta device, and changes each layer as
+        its weights arrive. :meth:`prepare` is called with the result and must take it as it is.
+        """
+        return None
 
     def loaded_over(self, model: nn.Module) -> Method:
         """Return the method as which a saved adapter goes into ``model``: this one, or another that fits that base.

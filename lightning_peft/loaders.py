@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPEFTError
+from lightning_peft.interfaces import Method
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -23,6 +24,14 @@ class ModelLoader(ABC):
     @abstractmethod
     def load(self) -> nn.Module:
         """Return the base model, freshly loaded."""
+
+    def load_for(self, method: Method) -> nn.Module:
+        """Return the base model for ``method``, which may be prepared for it while it is loaded.
+
+        A loader that reads weights one by one uses :meth:`~lightning_peft.interfaces.Method.layer_preparation`. The others
+        leave it to the injection.
+        """
+        return self.load()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +69,59 @@ class CausalLMLoader(ModelLoader):
         Raises:
             ConfigError: nothing can be loaded from ``path``.
         """
+        return self._ready(self._from_pretrained())
+
+    @override
+    def load_for(self, method: Method) -> nn.Module:
+        """Return the model as :meth:`load` and ``method.prepare`` would give it, prepared layer by layer as its weights are read.
+
+        So a quantised model never stands in memory in full precision. A method without a layer preparation, and a
+        checkpoint that is quantised already, are loaded as usual.
+
+        Raises:
+            ConfigError: nothing can be loaded from ``path``.
+        """
+        if type(method).layer_preparation is Method.layer_preparation or self._is_quantized():
+            return self.load()
+        from lightning_peft.layerwise_loading import load_layerwise
+
+        return self._ready(load_layerwise(self._from_pretrained, method))
+
+    def _from_pretrained(self, **more: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **more}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.revision is not None:
             options["revision"] = self.revision
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(self.path, **options)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(self.path, **options)
+        except LightningPEFTError:  # from a method that looked at the model
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(f"no causal language model could be loaded from {self.path!r}: {error}") from error
+        return model
+
+    def _is_quantized(self) -> bool:
+        """Tell whether the configuration of the checkpoint says that its weights are quantised."""
+        from transformers import PretrainedConfig
+
+        revision = {} if self.revision is None else {"revision": self.revision}
+        try:
+            config, _ = PretrainedConfig.get_config_dict(self.path, **revision)
+        except (OSError, ValueError):
+            return False  # from_pretrained will say what is wrong
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        return any(part.get("quantization_config") for part in parts)
+
+    def _ready(self, loaded: nn.Module) -> nn.Module:
+        """Return a loaded model as it is trained."""
+        model: Any = loaded
         if self.gradient_checkpointing:
             # The non-reentrant kind also works when the inputs of a block need no gradient, as over a frozen base.
             # Newer versions of transformers have another name for it.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             model.config.use_cache = False
-        loaded: nn.Module = model.train()
-        return loaded
+        return loaded.train()

@@ -127,11 +127,12 @@ class PEFTModule(PEFTMixin, LightningModule):
         if self.model is not None:
             return
         base = self.__dict__["_base"]
-        model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
         if self.adapter is not None:
+            model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
             load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
         else:
             assert self.method is not None
+            model = base.load_for(self.method) if isinstance(base, ModelLoader) else base
             inject(model, self.method, self.targets, name=self.adapter_name)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,6 +26,7 @@ from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, LightningPEFTWarning
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Quantizer
+from lightning_peft.layer_preparation import LayerPreparation, prepare_layers
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import Targets, is_linear, resolve_targets
@@ -116,41 +117,20 @@ class QLoRA(LoRA):
             return
         if any(layer.merged for layer in adapter_layers(model).values()):
             raise InjectionError("QLoRA cannot quantise a base that an adapter is merged into; unmerge_adapters first")
+        quantization = self._quantization(model)
+        prepare_layers(model, quantization)
+        quantization.finish()
+
+    @override
+    def layer_preparation(self, model: nn.Module) -> LayerPreparation | None:
+        if type(self).prepare is not QLoRA.prepare:  # an heir that needs the weights as they are
+            return None
+        return None if _packed(model) else self._quantization(model)
+
+    def _quantization(self, model: nn.Module) -> Quantization:
         family = get_registry().resolve_family(model)
         found = resolve_targets(model, self._spec(), family, supports=is_linear, method="QLoRA")
-        refused: dict[str, str] = {}
-        places = _places(model, {target.path for target in found})
-        quantizer, done = self.quantizer, 0
-        for path, holders in places.items():
-            parent, child_name = holders[0]
-            try:
-                packed_layer = _quantized(quantizer, parent._modules[child_name])
-            except InjectionError as error:
-                refused[path] = str(error)
-                continue
-            vars(packed_layer)[_MARK] = self.quantization
-            # Nothing holds the layer that stood here any longer: its weight is freed before the next one is packed.
-            for parent, child_name in holders:
-                parent._modules[child_name] = packed_layer
-            done += 1
-        if refused:
-            self._tell(refused, done)
-
-    def _tell(self, refused: Mapping[str, str], done: int) -> None:
-        """Name the layers that stay as they are; refuse if that is all of them."""
-        first = next(iter(refused.values()))
-        if not done:
-            raise InjectionError(
-                f"QLoRA found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
-                "Use LoRA, which leaves the base as it is, or other settings"
-            )
-        names = ", ".join(sorted(refused)[:20]) + (", ..." if len(refused) > 20 else "")
-        warnings.warn(
-            f"QLoRA leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
-            "Name them in skip= to say that this is wanted",
-            LightningPEFTWarning,
-            stacklevel=3,
-        )
+        return Quantization(self, {target.path for target in found})
 
     def _adopt(self, packed: Mapping[str, nn.Module]) -> None:
         """Take a base that is quantised already, if it can be trained over."""
@@ -190,6 +170,52 @@ class QLoRA(LoRA):
         return LoRA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRA)})
 
 
+class Quantization(LayerPreparation):
+    """The linear layers of one base, quantised one by one.
+
+    Args:
+        method: with the quantizer.
+        paths: the layers.
+    """
+
+    def __init__(self, method: QLoRA, paths: Set[str]) -> None:
+        super().__init__(paths)
+        self.quantizer, self.name = method.quantizer, method.quantization
+        self.refused: dict[str, str] = {}
+        self.done = 0
+
+    @override
+    def replacement(self, path: str, layer: nn.Module) -> nn.Module:
+        try:
+            packed = _quantized(self.quantizer, layer)
+        except InjectionError as error:
+            self.refused[path] = str(error)
+            return layer
+        vars(packed)[_MARK] = self.name
+        self.done += 1
+        return packed
+
+    @override
+    def finish(self) -> None:
+        """Name the layers that stay as they are; refuse if that is all of them."""
+        refused, done = self.refused, self.done
+        if not refused:
+            return
+        first = next(iter(refused.values()))
+        if not done:
+            raise InjectionError(
+                f"QLoRA found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
+                "Use LoRA, which leaves the base as it is, or other settings"
+            )
+        names = ", ".join(sorted(refused)[:20]) + (", ..." if len(refused) > 20 else "")
+        warnings.warn(
+            f"QLoRA leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
+            "Name them in skip= to say that this is wanted",
+            LightningPEFTWarning,
+            stacklevel=3,
+        )
+
+
 def _packed(model: nn.Module) -> dict[str, nn.Module]:
     """Return the quantised layers of the base by path."""
     return {path: module for path, held in base_modules(model) if _is_packed(module := unwrapped(held))}
@@ -210,21 +236,10 @@ def _kind(module: nn.Module) -> str | None:
     return str(kind) if kind else "int8" if type(module).__name__ == "Linear8bitLt" else None
 
 
-def _quantized(quantizer: Quantizer, module: nn.Module | None) -> nn.Module:
+def _quantized(quantizer: Quantizer, module: nn.Module) -> nn.Module:
     if type(module) is not nn.Linear:  # a subclass may do more than multiply
         raise InjectionError(f"a {type(module).__name__} is not a plain nn.Linear")
     return quantizer.quantize(module)
-
-
-def _places(model: nn.Module, paths: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Return, by path, every module that holds the layer there and under which name: never the layers themselves."""
-    wanted = {id(unwrapped(module)): path for path, module in base_modules(model) if path in paths}
-    places: dict[str, list[tuple[nn.Module, str]]] = {path: [] for path in wanted.values()}
-    for parent in model.modules():
-        for child_name, child in parent._modules.items():
-            if id(child) in wanted:
-                places[wanted[id(child)]].append((parent, child_name))
-    return places
 
 
 @hookimpl
