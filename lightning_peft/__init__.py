@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.activation import active_adapters as active_adapters
     from lightning_peft.activation import adapters_disabled as adapters_disabled
+    from lightning_peft.activation import drop_adapters as drop_adapters
     from lightning_peft.activation import set_active_adapters as set_active_adapters
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
-    from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
@@ -104,7 +104,7 @@ _HOME = {
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
     "delete_adapter": "surgery",
-    "drop_adapters": "plugins.bottleneck",
+    "drop_adapters": "activation",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
     "inject": "surgery",
