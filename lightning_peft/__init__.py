@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
+    from lightning_peft.plugins.compacter import Compacter as Compacter
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
@@ -71,6 +72,7 @@ _HOME = {
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
+    "Compacter": "plugins.compacter",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
