@@ -183,19 +183,24 @@ class CompacterAdapter(BottleneckAround):
         x = torch.unflatten(x, -1, (n, -1))  # (..., q, in/n)
         if self.method.factorized:
             s, t = (self.get_parameter(f"{side}_{factor}").to(x.dtype) for factor in "st")
-            h = torch.unflatten(F.linear(x, t.flatten(0, 1)), -1, (n, -1))  # (..., q, i, rank)
+            h = torch.unflatten(_linear(x, t.flatten(0, 1)), -1, (n, -1))  # (..., q, i, rank)
             h = torch.einsum("ipq,...qir->...pir", rule, h).flatten(-2)
-            y = F.linear(h, s.transpose(1, 2).flatten(0, 1).mT)  # (..., p, out/n)
+            y = _linear(h, s.transpose(1, 2).flatten(0, 1).mT)  # (..., p, out/n)
         else:
             B = self.get_parameter(f"{side}_B").to(x.dtype)  # (i, out/n, in/n)
             if side == "down":  # what is in between is n times the bottleneck, not n times the width
-                h = torch.unflatten(F.linear(x, B.flatten(0, 1)), -1, (n, -1))  # (..., q, i, out/n)
+                h = torch.unflatten(_linear(x, B.flatten(0, 1)), -1, (n, -1))  # (..., q, i, out/n)
                 y = torch.einsum("ipq,...qia->...pa", rule, h)
             else:
                 h = torch.einsum("ipq,...qb->...pib", rule, x).flatten(-2)  # (..., p, i * in/n)
-                y = F.linear(h, B.transpose(0, 1).flatten(1))
+                y = _linear(h, B.transpose(0, 1).flatten(1))
         y = y.flatten(-2)  # (..., out)
         return y + self.get_parameter(f"{side}_bias").to(y.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``F.linear`` by way of a matrix: of more dimensions, its rounding depends on whether ``weight`` is trained."""
+    return torch.unflatten(F.linear(x.flatten(0, -2), weight), 0, x.shape[:-1])
 
 
 @hookimpl

@@ -311,7 +311,7 @@ def test_built_without_memory_all_adapters_share_the_rule():
     materialize_adapters(empty)
     found = rules(empty)
     assert len({id(rule) for rule in found.values()}) == 1
-    assert all(not rule.is_meta and rule.std() == pytest.approx(0.5, rel=0.3) for rule in found.values())
+    assert all(not rule.is_meta and 0.3 < rule.std() < 0.7 for rule in found.values())  # 1 / sqrt(4)
 
 
 # -- AdapterDrop -------------------------------------------------------------------------------------------------------
