@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_peft.activation import active_adapters as active_adapters
     from lightning_peft.activation import adapters_disabled as adapters_disabled
+    from lightning_peft.activation import drop_adapters as drop_adapters
     from lightning_peft.activation import set_active_adapters as set_active_adapters
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
-    from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
+    from lightning_peft.plugins.compacter import Compacter as Compacter
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
@@ -74,6 +75,7 @@ _HOME = {
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
+    "Compacter": "plugins.compacter",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
@@ -107,7 +109,7 @@ _HOME = {
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
     "delete_adapter": "surgery",
-    "drop_adapters": "plugins.bottleneck",
+    "drop_adapters": "activation",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",

@@ -1,4 +1,4 @@
-"""Which adapters act: switch, sum, disable."""
+"""Which adapters act: switch, sum, drop in the first layers, disable."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_peft.adapter_layer import adapter_layers, adapter_names, adapters_named
-from lightning_peft.errors import InjectionError, MergeError
+from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import records
+from lightning_peft.targets import in_first_layers
 
 
 def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -48,6 +49,34 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the active adapters of ``model``."""
     return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.active))
+
+
+def drop_adapters(model: nn.Module, layers: int, *, name: str = "default") -> None:
+    """Let the first ``layers`` layers of each stack run without the adapter ``name``, for speed (AdapterDrop at inference).
+
+    ``set_active_adapters(model, name)`` brings them back. What is saved does not change.
+
+    Args:
+        model: a model with adapters, of any method.
+        layers: how many layers, from the input on; a call with another number replaces the one before.
+        name: the adapter, which must be active.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+        ConfigError: ``layers`` is not an integer of at least 0.
+        InjectionError: the adapter is not active.
+    """
+    adapters_named(model, name)
+    if not isinstance(layers, int) or isinstance(layers, bool) or layers < 0:
+        raise ConfigError(f"drop_adapters needs layers as an integer of at least 0, got {layers!r}")
+    active = active_adapters(model)
+    if name not in active:
+        raise InjectionError(
+            f"adapter {name!r} is not active, so no layer can drop it; call set_active_adapters(model, {name!r}) first"
+        )
+    for path, layer in adapter_layers(model).items():
+        here = set(layer.active) - {name} if in_first_layers(path, layers) else {*layer.active, name}
+        layer.activate([other for other in active if other in here])
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
     "lightning_peft.plugins.bottleneck",
+    "lightning_peft.plugins.compacter",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
     "lightning_peft.plugins.top_layers",

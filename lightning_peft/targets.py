@@ -275,6 +275,12 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def in_first_layers(path: str, layers: int) -> bool:
+    """Tell whether ``path`` lies in one of the first ``layers`` layers of its stack; what is in no layer does not."""
+    index = layer_index(path)
+    return index is not None and index < layers
+
+
 def _layers(layers: str | Sequence[int], paths: Mapping[str, nn.Module]) -> set[str]:
     """Return the paths that lie in ``layers``, counted from the end where negative."""
     stacks: dict[
