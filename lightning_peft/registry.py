@@ -30,11 +30,14 @@ from lightning_peft.errors import (
     did_you_mean,
 )
 from lightning_peft.families import GENERIC, ModelFamily
+from lightning_peft.hf_types import ancestors, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
+    "lightning_peft.plugins.dora",
+    "lightning_peft.plugins.lora_fa",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
@@ -156,9 +159,10 @@ class Registry:
         """Return the method class registered as ``name``."""
         return self.get("method", name)  # type: ignore[no-any-return]
 
-    def method_for_peft_type(self, peft_type: str) -> type[Method]:
-        """Return the method that reads HF PEFT's ``peft_type``: an ancestor, not a method that inherits from it."""
-        for method in _readers(list(self.methods.values()), peft_type):
+    def method_for_peft_type(self, peft_type: str, config: Mapping[str, Any] | None = None) -> type[Method]:
+        """Return the method that reads HF PEFT's ``peft_type``: the ancestor, or a method below it that claims ``config``."""
+        method = reader(self.methods.values(), peft_type, config or {})
+        if method is not None:
             return method
         known = sorted({method.peft_type for method in self.methods.values() if method.peft_type})
         hint = did_you_mean(peft_type, known)
@@ -296,7 +300,7 @@ class Registry:
                     info.provides.setdefault(kind, []).append(item.name)
         new = [item for (kind, _), item in items.items() if kind == "method"]
         for method in new:
-            readers = _readers([*self.methods.values(), *new], method.peft_type)
+            readers = ancestors([*self.methods.values(), *new], method.peft_type)
             if method in readers and len(readers) > 1:
                 names = " and ".join(repr(reader.name) for reader in readers)
                 conflicts.append(
@@ -324,12 +328,6 @@ class Registry:
 def get_registry() -> Registry:
     """Return the registry of this process; plugins load at the first call."""
     return Registry()
-
-
-def _readers(methods: list[type[Method]], peft_type: str | None) -> list[type[Method]]:
-    """Return the methods of a ``peft_type`` that inherit from no other method of that type."""
-    typed = [method for method in methods if peft_type is not None and method.peft_type == peft_type]
-    return [method for method in typed if not any(other in typed for other in method.__mro__[1:])]
 
 
 def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
