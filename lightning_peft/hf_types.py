@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from lightning_peft.errors import PluginConflictError
 from lightning_peft.interfaces import Method
@@ -15,19 +14,22 @@ def ancestors(methods: Iterable[type[Method]], peft_type: str | None) -> list[ty
     return [method for method in typed if not any(other in typed for other in method.__mro__[1:])]
 
 
-def reader(methods: Iterable[type[Method]], peft_type: str, config: Mapping[str, Any]) -> type[Method] | None:
-    """Return the method that reads a configuration of HF PEFT, or None where nobody knows the type.
+def claimants(methods: Iterable[type[Method]], peft_type: str) -> list[type[Method]]:
+    """Return the methods of a ``peft_type`` that are asked whether they read a configuration."""
+    # Only what a class defines itself counts: a method that inherits from DoRA is not asked with DoRA's answer.
+    return [method for method in methods if method.peft_type == peft_type and "reads_hf_config" in vars(method)]
 
-    That is the ancestor, unless methods below it define ``reads_hf_config`` themselves and say yes: then the most derived of them.
+
+def reader(methods: Iterable[type[Method]], peft_type: str, claimed: Sequence[type[Method]]) -> type[Method] | None:
+    """Return the method that reads a folder of HF PEFT, or None where nobody knows the type.
+
+    That is the most derived of the methods that ``claimed`` it, and the ancestor where none did.
 
     Raises:
-        PluginConflictError: two methods read it, and none inherits from the other.
+        PluginConflictError: two methods claimed it, and none inherits from the other.
     """
     methods = list(methods)
-    found = ancestors(methods, peft_type)
-    # Only what a class defines itself counts: QDoRA(DoRA) is not asked with DoRA's answer.
-    typed = [method for method in methods if method.peft_type == peft_type and "reads_hf_config" in vars(method)]
-    found += [method for method in typed if method not in found and method.reads_hf_config(config)]
+    found = [method for method in methods if method in claimed or method in ancestors(methods, peft_type)]
     last = [method for method in found if not any(other is not method and issubclass(other, method) for other in found)]
     if len(last) > 1:
         names = " and ".join(repr(method.name) for method in last)

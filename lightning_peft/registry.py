@@ -30,7 +30,7 @@ from lightning_peft.errors import (
     did_you_mean,
 )
 from lightning_peft.families import GENERIC, ModelFamily
-from lightning_peft.hf_types import ancestors, reader
+from lightning_peft.hf_types import ancestors, claimants, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
@@ -161,7 +161,9 @@ class Registry:
 
     def method_for_peft_type(self, peft_type: str, config: Mapping[str, Any] | None = None) -> type[Method]:
         """Return the method that reads HF PEFT's ``peft_type``: the ancestor, or a method below it that claims ``config``."""
-        method = reader(self.methods.values(), peft_type, config or {})
+        asked = claimants(self.methods.values(), peft_type)
+        claimed = [method for method in asked if self._claims(method, config or {})]
+        method = reader(self.methods.values(), peft_type, claimed)
         if method is not None:
             return method
         known = sorted({method.peft_type for method in self.methods.values() if method.peft_type})
@@ -169,6 +171,18 @@ class Registry:
         read = f"{hint or '.'} Types that are read: {', '.join(known)}"
         unknown = f"no registered method reads HF PEFT's type {peft_type!r}{read}"
         raise self._missing("method", peft_type.lower(), unknown, bool(hint))
+
+    def _claims(self, method: type[Method], config: Mapping[str, Any]) -> bool:
+        """Ask ``method`` whether it reads ``config``; take its plugin out if that fails."""
+        try:
+            return bool(method.reads_hf_config(config))
+        except Exception as error:
+            source = self._owner.get(("method", method.name))
+            plugin = next((plugin for plugin in self.plugins if plugin.source == source), None)
+            if plugin is None or plugin.builtin:
+                raise
+            self._break(plugin, PluginError(f"{source}: {method.name}.reads_hf_config() raised {_cause(error)}"))
+            return False
 
     def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
         """Return the error for a name nobody registered: ``unknown``, or that a broken plugin provides it."""

@@ -22,11 +22,12 @@ from typing_extensions import override
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.plugins.lora import LoRA
+from lightning_peft.targets import is_conv1d_linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRA):
-    """LoRA with A frozen: linear layers, slices of fused projections, and convolutions.
+    """LoRA with A frozen, on linear layers and slices of fused projections.
 
     Example:
         >>> import torch
@@ -41,8 +42,9 @@ class LoRAFA(LoRA):
 
     @override
     def supports(self, module: nn.Module) -> bool:
-        # Neither keeps an input for the gradient of A: an embedding reads ids, attention adds the update to its weights.
-        return not isinstance(module, (nn.Embedding, nn.MultiheadAttention)) and super().supports(module)
+        # Elsewhere nothing would be saved: an embedding reads ids, attention adds the update to its weights, and torch keeps the
+        # input of every convolution, trained or not.
+        return isinstance(module, nn.Linear) or is_conv1d_linear(module)
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
