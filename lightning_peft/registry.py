@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -32,6 +31,7 @@ from lightning_peft.errors import (
 from lightning_peft.families import GENERIC, ModelFamily
 from lightning_peft.hf_types import ancestors, claimants, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
+from lightning_peft.plugin_info import PluginInfo, cause_of
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
@@ -62,28 +62,6 @@ _KINDS: dict[str, tuple[str, type]] = {
     "register_exporters": ("exporter", Exporter),
 }
 _HOOKS = (*_KINDS, "resolve_model_family")
-
-
-@dataclass
-class PluginInfo:
-    """One plugin: where it came from, what it gave, or why it is broken."""
-
-    source: str
-    """Module path of a built-in, or ``distribution version (entry point)``."""
-    builtin: bool = False
-    provides: dict[str, list[str]] = field(default_factory=dict)
-    """Kind (``method``, ``quantizer``, ...) to names."""
-    complete: bool = False
-    """Whether ``provides`` is all the plugin has: every hook was called and gave what it should."""
-    error: BaseException | None = None
-    """Why the plugin is broken, or None."""
-    hints: tuple[str, ...] = ()
-    """Names the plugin may have provided: of its distribution and entry point."""
-
-    @property
-    def cause(self) -> str:
-        """Why the plugin is broken, in one line without its source."""
-        return _cause(self.error).removeprefix(f"{self.source}: ")
 
 
 class Registry:
@@ -181,7 +159,7 @@ class Registry:
             plugin = next((plugin for plugin in self.plugins if plugin.source == source), None)
             if plugin is None or plugin.builtin:
                 raise
-            self._break(plugin, PluginError(f"{source}: {method.name}.reads_hf_config() raised {_cause(error)}"))
+            self._break(plugin, PluginError(f"{source}: {method.name}.reads_hf_config() raised {cause_of(error)}"))
             return False
 
     def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
@@ -351,7 +329,7 @@ def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
         plain = isinstance(result, (str, bytes)) or not isinstance(result, Iterable)
         return result if plain else list(result)  # as a generator may fail too
     except Exception as error:
-        raise PluginError(f"{where} raised {_cause(error)}") from error
+        raise PluginError(f"{where} raised {cause_of(error)}") from error
 
 
 def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
@@ -373,14 +351,6 @@ def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
         if wants_class and ("__dataclass_params__" not in vars(item) or not item.__dataclass_params__.frozen):
             raise PluginError(f"{where}: {kind} {name!r} must be decorated with @dataclass(frozen=True, kw_only=True)")
     return items
-
-
-def _cause(error: BaseException | None) -> str:
-    try:
-        text = str(error)
-    except Exception:  # the error's own __str__ is broken
-        text = "(its message cannot be shown)"
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
