@@ -27,7 +27,6 @@ from lightning_peft import (
     set_active_adapters,
     unmerge_adapters,
 )
-from lightning_peft.adapter_files import HF_PREFIX
 from lightning_peft.errors import AdapterConfigError, InjectionError, MergeError, PluginConflictError, TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.registry import Registry
@@ -160,7 +159,7 @@ def test_hf_peft_loads_what_is_saved_and_gives_the_same_logits_and_gradients(cas
         on_disk = list(adapter.disk_tensors())
         for name, parameter in adapter.named_parameters():
             key = next(key for key in on_disk if name in (key.removesuffix(".weight"), key.removeprefix("base_layer.")))
-            other = found[f"{HF_PREFIX}{path}.{key}".removesuffix(".weight")]
+            other = found[f"base_model.model.{path}.{key}".removesuffix(".weight")]
             transposed = name in ("lora_B", "lora_embedding_A", "lora_embedding_B")
             assert relative(parameter.grad, other.t() if transposed else other) <= 1e-10, (path, name)
             compared += 1
