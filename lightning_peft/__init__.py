@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
     from lightning_peft.adapter_layer import adapter_names as adapter_names
+    from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.module import PEFTModule as PEFTModule
+    from lightning_peft.optimization import parameter_groups as parameter_groups
+    from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
@@ -111,12 +114,15 @@ _HOME = {
     "drop_adapters": "plugins.bottleneck",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
+    "initialize_from_data": "calibration",
     "inject": "surgery",
     "load_adapter": "state",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
+    "parameter_groups": "optimization",
     "resolve_targets": "targets",
     "save_adapter": "state",
+    "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",

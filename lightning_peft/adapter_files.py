@@ -21,14 +21,12 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lightning_peft.errors import AdapterConfigError, AdapterFileError, AdapterMismatchError, UnknownNameError
+from lightning_peft.errors import AdapterConfigError, AdapterFileError, UnknownNameError
 from lightning_peft.interfaces import Method
 from lightning_peft.registry import get_registry
 
 WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
 FORMAT_VERSION = 1
-HF_PREFIX = "base_model.model."
-"""What HF PEFT puts before the path of a module in the keys of an adapter file."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class AdapterFolder:
     method: Method
     """The method, rebuilt from its fields."""
     tensors: Mapping[str, Tensor]
-    """The tensors by ``<module path>.<tensor>``."""
+    """The tensors by their names in the file."""
     own: Mapping[str, Any] | None
     """The content of ``lightning_peft.json``; None for a folder written by HF PEFT."""
     hf: Mapping[str, Any] | None
@@ -87,7 +85,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
     method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
-    return AdapterFolder(path=folder, method=method, tensors=_unprefixed(folder, stored, method), own=own, hf=hf)
+    return AdapterFolder(path=folder, method=method, tensors=stored, own=own, hf=hf)
 
 
 def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:
@@ -140,16 +138,6 @@ def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
         return get_registry().method_for_peft_type(peft_type, hf).from_hf_config(hf)
     except (AdapterConfigError, UnknownNameError) as error:
         raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
-
-
-def _unprefixed(folder: Path, stored: Mapping[str, Tensor], method: Method) -> dict[str, Tensor]:
-    prefix = HF_PREFIX if method.peft_type else ""
-    for key in stored:
-        if not key.startswith(prefix):
-            raise AdapterMismatchError(
-                f"{str(folder / WEIGHTS)!r} has the key {key!r}, which does not start with {prefix!r}"
-            )
-    return {key.removeprefix(prefix): tensor for key, tensor in stored.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,10 +25,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_peft.errors import AdapterConfigError, MergeError, did_you_mean
+from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, MergeError, did_you_mean
 
 if TYPE_CHECKING:
     from lightning_peft.families import ModelFamily
+
+
+HF_PREFIX = "base_model.model."
+"""What HF PEFT puts before the path of a module in the names of an adapter file."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,30 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self, base_layer: nn.Module) -> None:
         """Give every tensor its initial value. ``base_layer`` is the adapted module."""
 
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        """Return parameter name to the factor of its learning rate, for parameters where that is not one."""
+        return {}
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return a scalar that training adds to the loss, such as a penalty on the parameters; None for nothing."""
+        return None
+
+    def fit_to(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the shapes of tensors that are about to be loaded, where data or training decide them, such as a rank.
+
+        ``shapes`` has names of :meth:`disk_tensors` (from a folder) or of the state dict (from a ``.ckpt``). What does not fit
+        is left as it is: the comparison that follows refuses it.
+        """
+
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by the name and shape they have in an adapter file, as views wherever possible."""
-        state = dict(self.named_parameters())
-        buffers = {key: value for key, value in self.state_dict(keep_vars=True).items() if key not in state}
-        return state | buffers
+        state: dict[str, Tensor] = dict(self.named_parameters())
+        # Not by way of state_dict(): under FSDP2 that call frees gathered parameters such as those just listed.
+        for path, module in self.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    state[f"{path}.{name}" if path else name] = buffer
+        return state
 
     def export_state(self) -> dict[str, Tensor]:
         """Return what an adapter file holds for this place."""
@@ -173,12 +196,19 @@ class Method(_Named, ABC):
     """Several adapters of this method may be active at one place at once."""
     quantized_base: ClassVar[bool] = False
     """The method works over a base layer whose weights are quantised."""
+    fsdp_ready: ClassVar[bool] = True
+    """Adapters train under FSDP2's ``fully_shard`` as they do without."""
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 
     Of registered methods that share one, the ancestor reads HF PEFT's files of that type, but for those that a descendant
     claims in :meth:`reads_hf_config`.
     """
+
+    auxiliary_losses: ClassVar[bool] = False
+    """Adapters of this method have an ``auxiliary_loss``, which training adds to the loss."""
+    data_driven: ClassVar[bool] = False
+    """Fresh adapters take their initial values from training data, in :meth:`initialize`."""
 
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:
@@ -207,6 +237,30 @@ class Method(_Named, ABC):
 
     def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Let fresh ``adapters``, by module path, share what they hold together; the model does not hold them yet."""
+
+    def initialize(
+        self, model: nn.Module, adapters: Mapping[str, Adapter], batches: Iterable[Any], loss: Callable[[Any], Tensor]
+    ) -> None:
+        """Give fresh ``adapters``, by module path, initial values from data. Called once, where ``data_driven`` is true.
+
+        Args:
+            model: the adapted model, on its device, with the adapters active, in eval mode.
+            adapters: the adapters of this method.
+            batches: training batches, on the device of the model; take as many as are needed.
+            loss: runs the model on a batch and returns the loss of it.
+        """
+
+    def after_optimizer_step(
+        self, adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer, step: int, total_steps: int
+    ) -> None:
+        """Act on ``adapters``, by module path, after an optimizer step, while the gradients are still there.
+
+        Args:
+            adapters: the adapters of this method under one name, which is active.
+            optimizer: the optimizer, whose state of a parameter may be edited.
+            step: how many optimizer steps came before.
+            total_steps: how many there will be in all; 0 where nobody knows.
+        """
 
     def patterns(self) -> Mapping[str, Mapping[str, Any]]:
         """Return ``{field: {target pattern: value}}`` for the fields that may differ from place to place."""
@@ -240,6 +294,29 @@ class Method(_Named, ABC):
             AdapterConfigError: the configuration uses something this method does not have.
         """
         raise NotImplementedError(f"{cls.__name__} declares peft_type and must implement from_hf_config")
+
+    def file_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what ``adapter_model.safetensors`` holds for ``tensors``, which are named ``<module path>.<tensor>``.
+
+        HF PEFT puts a prefix before every name, and so does this, where HF PEFT knows the method. A method whose file holds
+        something else (one tensor for all places) overrides this and :meth:`placed_tensors`.
+        """
+        prefix = HF_PREFIX if self.peft_type else ""
+        return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    def placed_tensors(self, model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file, as :meth:`file_tensors` made it, by ``<module path>.<tensor>``.
+
+        ``model`` is the model that the adapter will go into, without it.
+
+        Raises:
+            AdapterMismatchError: a name is not of this method.
+        """
+        prefix = HF_PREFIX if self.peft_type else ""
+        for name in stored:
+            if not name.startswith(prefix):
+                raise AdapterMismatchError(f"the file has the key {name!r}, which does not start with {prefix!r}")
+        return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
 
 
 class Quantizer(_Named, ABC):

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
+from lightning_peft.adapter_training import AdapterTraining
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
+from lightning_peft.interfaces import Adapter
 from lightning_peft.resuming import ExactResume
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ else:
     _Host = object
 
 
-class PEFTMixin(ExactResume, _Host):
+class PEFTMixin(AdapterTraining, ExactResume, _Host):
     """Makes checkpoints of a LightningModule hold adapters only, and resume exactly or not at all.
 
     Put it before ``LightningModule``, and call :func:`~lightning_peft.inject` in ``configure_model``::
@@ -170,8 +172,23 @@ class PEFTMixin(ExactResume, _Host):
         Raises:
             CheckpointMismatchError: they are not the same; the message lists both sides.
         """
+        self._fit_to(checkpoint)
         check_manifest(checkpoint, self, self.state_dict())
         super().on_load_checkpoint(checkpoint)
+
+    def _fit_to(self, checkpoint: Mapping[str, Any]) -> None:
+        """Let adapters whose shapes were decided by data or training take those of the checkpoint."""
+        manifest = checkpoint.get(MANIFEST)
+        shapes = manifest.get("tensors") if isinstance(manifest, dict) else None
+        if not isinstance(shapes, dict):
+            return  # the comparison says so
+        paths = {id(module): path for path, module in self.named_modules()}
+        for root in adapted_roots(self):
+            for layer in adapter_layers(root).values():
+                for adapter in layer.adapters.values():
+                    assert isinstance(adapter, Adapter)
+                    prefix = f"{paths[id(adapter)].replace('_checkpoint_wrapped_module.', '')}."
+                    adapter.fit_to({key[len(prefix) :]: v for key, v in shapes.items() if key.startswith(prefix)})
 
 
 def _frozen_tensors(root: nn.Module) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,11 +15,13 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
 from lightning_peft.mixin import PEFTMixin
+from lightning_peft.optimization import parameter_groups, scale_learning_rates
 from lightning_peft.state import load_adapter
 from lightning_peft.surgery import inject
 from lightning_peft.targets import Targets
@@ -132,6 +135,21 @@ class PEFTModule(PEFTMixin, LightningModule):
             inject(model, self.method, self.targets, name=self.adapter_name)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
+        self._initialize_from_data()
+
+    def _initialize_from_data(self) -> None:
+        """Where the method takes initial values from data, hand it the training batches of a fit that begins."""
+        trainer = self._trainer
+        if self.model is None or self.method is None or not self.method.data_driven or trainer is None:
+            return
+        if trainer.state.fn != "fit" or trainer.ckpt_path:  # a checkpoint brings the values
+            return
+        self.model.to(trainer.strategy.root_device)
+        with training_batches(trainer) as batches:
+            moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
+            initialize_from_data(
+                self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=self.adapter_name
+            )
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +271,8 @@ class PEFTModule(PEFTMixin, LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over the trained parameters only; biases and other vectors are not decayed."""
-        optimizer = self.optimizer(parameter_groups(self.parameters()))
+        optimizer = self.optimizer(parameter_groups(self))
+        scale_learning_rates(optimizer)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -267,20 +286,6 @@ class PEFTModule(PEFTMixin, LightningModule):
         """Add a :class:`ResourceMonitor` (tokens a second, peak memory), unless the Trainer has one."""
         present: Iterable[Callback] = getattr(self.trainer, "callbacks", [])
         return [] if any(isinstance(callback, ResourceMonitor) for callback in present) else [ResourceMonitor()]
-
-
-def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Return the trained parameters as optimizer groups: matrices, and vectors without weight decay.
-
-    Raises:
-        ConfigError: nothing is trained.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trained:
-        raise ConfigError("no parameter is trained; is the adapter active and trainable?")
-    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
-    return [*groups, {"params": vectors, "weight_decay": 0.0}] if vectors else groups
 
 
 def _target(batch: Any) -> Any:

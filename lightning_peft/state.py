@@ -21,7 +21,6 @@ from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
-    HF_PREFIX,
     OWN_CONFIG,
     WEIGHTS,
     AdapterFolder,
@@ -103,11 +102,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = HF_PREFIX if injection.method.peft_type else ""
     # Distinct contiguous copies: safetensors refuses tensors that share memory.
     payload = {
-        prefix + key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in injection.method.file_tensors(tensors).items()
     }
     files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
     if injection.method.peft_type:
@@ -194,7 +192,8 @@ def load_adapter(
         )
     if check_base and folder.own is not None:
         _check_base(model, folder)
-    injection = _placed(model, folder)
+    tensors = _placed_tensors(model, folder)
+    injection = _placed(model, folder, tensors)
     with _unchanged_on_error(model, name), torch.random.fork_rng():
         try:
             inject_at(model, injection, name=name, trainable=trainable)
@@ -204,7 +203,9 @@ def load_adapter(
             raise AdapterMismatchError(
                 f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
             )
-        tensors = _without_base_copies(model, folder)
+        tensors = _without_base_copies(model, folder, tensors)
+        for place, adapter in adapters_named(model, name).items():
+            adapter.fit_to(_shapes_at(place, tensors))
         base_names = [key for path, _ in base_parameters(model) for key in (path, _in_layer(path))]
         _check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)
         for place, adapter in adapters_named(model, name).items():
@@ -245,7 +246,19 @@ def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
         )
 
 
-def _placed(model: nn.Module, folder: AdapterFolder) -> Injection:
+def _placed_tensors(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+    try:
+        return folder.method.placed_tensors(model, folder.tensors)
+    except AdapterMismatchError as error:
+        raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}: {error}") from error
+
+
+def _shapes_at(place: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    names = (name for name in tensors if name.startswith(f"{place}."))
+    return {name[len(place) + 1 :]: tuple(tensors[name].shape) for name in names}
+
+
+def _placed(model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tensor]) -> Injection:
     """Return the injection a folder asks for."""
     if folder.own is not None:
         try:
@@ -261,7 +274,7 @@ def _placed(model: nn.Module, folder: AdapterFolder) -> Injection:
             ) from error
     modules = {place: unwrapped(module) for place, module in base_modules(model) if place}
     places: dict[str, set[str]] = {}
-    for key in folder.tensors:
+    for key in tensors:
         parts = key.split(".")
         place = next((p for n in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:n])) in modules), None)
         if place is None:
@@ -299,9 +312,9 @@ def _check_hf_targets(folder: AdapterFolder, modules: Mapping[str, nn.Module], p
         )
 
 
-def _without_base_copies(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+def _without_base_copies(model: nn.Module, folder: AdapterFolder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop the copies of adapted embeddings and heads that HF PEFT writes beside their adapters, after comparing them."""
-    tensors = dict(folder.tensors)
+    tensors = dict(tensors)
     for place, layer in adapter_layers(model).items():
         key = f"{place}.base_layer.weight"
         if key in tensors:

@@ -22,7 +22,7 @@ from lightning_peft import (
     save_adapter,
 )
 from lightning_peft.errors import ConfigError
-from lightning_peft.module import parameter_groups
+from lightning_peft.optimization import parameter_groups
 
 ROWS = torch.randint(3, 61, (8, 8), generator=torch.Generator().manual_seed(5))
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
@@ -377,7 +377,7 @@ def test_matrices_decay_and_vectors_do_not():
     model = net()
     inject(model, LoRA(rank=2, bias="lora_only"), ["0"])
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    matrices, vectors = parameter_groups(model.parameters())
+    matrices, vectors = parameter_groups(model)
     assert {id(p) for p in matrices["params"]} == {id(p) for n, p in trained.items() if "lora_" in n}
     assert vectors["weight_decay"] == 0.0
     assert [p.dim() for p in vectors["params"]] == [1]
@@ -387,7 +387,7 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_a_model_that_trains_nothing_is_refused():
     with pytest.raises(ConfigError, match="no parameter is trained; is the adapter active and trainable"):
-        parameter_groups(nn.Linear(2, 2).requires_grad_(False).parameters())
+        parameter_groups(nn.Linear(2, 2).requires_grad_(False))
 
 
 def test_the_optimizer_given_holds_the_adapters_only(make_trainer, tmp_path):

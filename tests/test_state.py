@@ -16,6 +16,7 @@ from lightning_peft.errors import (
     InjectionError,
     PluginLoadError,
 )
+from lightning_peft.interfaces import HF_PREFIX
 
 METHOD = LoRA(rank=2, alpha=3, rank_pattern={"2": 3})
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
@@ -167,7 +168,7 @@ REFUSED = {
     "a weight of the base": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.2.weight": torch.zeros(8, 32)}))), AdapterMismatchError, r"not expected \(some would overwrite the base\): \['2.weight'\]"),
     "a weight of a place that is not adapted": (lambda f: (nn.Sequential(*net(), nn.Linear(8, 8)), retensor(f, lambda t: t.update({"base_model.model.3.weight": torch.zeros(8, 8)}))), AdapterMismatchError, r"not expected \(some would overwrite the base\): \['3.weight'\]"),
     "a weight of an adapted layer": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.base_layer.weight": torch.zeros(32, 16)}))), BaseMismatchError, "'0.base_layer.weight', which would overwrite the base: it differs"),
-    "keys without the prefix": (lambda f: (net(), retensor(f, lambda t: [t.update({k.removeprefix("base_model.model."): t.pop(k)}) for k in list(t)])), AdapterMismatchError, "has the key '[02].lora_[AB].weight', which does not start with 'base_model.model.'"),
+    "keys without the prefix": (lambda f: (net(), retensor(f, lambda t: [t.update({k.removeprefix("base_model.model."): t.pop(k)}) for k in list(t)])), AdapterMismatchError, "the file has the key '[02].lora_[AB].weight', which does not start with 'base_model.model.'"),
     "another rank in the configuration": (lambda f: (net(), unvouched(f) if not rewrite(f / HF_CONFIG, lambda c: c.update(r=4)) else None), AdapterMismatchError, r"'0.lora_A.weight' has shape \(2, 16\), this model needs \(4, 16\)"),
     "a value that is not a number": (lambda f: (net(), retensor(f, lambda t: t["base_model.model.0.lora_A.weight"].fill_(float("nan")))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.float32\) has values that are not finite"),
     "integers": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.int8\)"),
@@ -311,7 +312,8 @@ def test_a_folder_is_read_without_a_model(saved):
     folder = read_adapter(saved[1])
     assert folder.method == METHOD
     assert folder.base_name_or_path is None
-    assert sorted(folder.tensors) == ["0.lora_A.weight", "0.lora_B.weight", "2.lora_A.weight", "2.lora_B.weight"]
+    keys = ["0.lora_A.weight", "0.lora_B.weight", "2.lora_A.weight", "2.lora_B.weight"]
+    assert sorted(folder.tensors) == [HF_PREFIX + key for key in keys]
 
 
 def test_an_adapter_saved_from_a_merged_model_still_fits_its_base(saved, tmp_path):

@@ -22,8 +22,8 @@ from lightning_peft import (
     unload_adapters,
     unmerge_adapters,
 )
-from lightning_peft.adapter_files import HF_PREFIX
 from lightning_peft.errors import AdapterConfigError, ConfigError, MergeError, TargetError
+from lightning_peft.interfaces import HF_PREFIX
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 

@@ -1,0 +1,76 @@
+"""What adapters do while they train, beyond forward: losses of their own, and changes after a step of the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft.adapter_layer import adapter_layers, adapters_named
+from lightning_peft.injection import adapted_roots, records
+from lightning_peft.interfaces import Adapter, Method
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule as _Host
+else:
+    _Host = object
+
+
+def auxiliary_loss(module: nn.Module) -> Tensor | None:
+    """Return the sum of what the active adapters in ``module`` add to the loss, a scalar; None if that is nothing."""
+    total: Tensor | None = None
+    for root in adapted_roots(module):
+        names = [name for name, injection in records(root).items() if injection.method.auxiliary_losses]
+        for layer in adapter_layers(root).values() if names else ():
+            for name in layer.active:
+                adapter = layer.adapters[name]
+                assert isinstance(adapter, Adapter)
+                loss = adapter.auxiliary_loss() if name in names and name not in layer.merged else None
+                if loss is not None:
+                    total = loss if total is None else total + loss.to(total.device)
+    return total
+
+
+class AdapterTraining(_Host):
+    """The hooks of a LightningModule that let adapters take part in training, whatever ``training_step`` does."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add what the adapters ask for to ``loss``, in its scale, and run backward."""
+        own = auxiliary_loss(self)
+        if own is not None and own.requires_grad:
+            if self.automatic_optimization:
+                own = own / self.trainer.accumulate_grad_batches
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            own = own if scaler is None else scaler.scale(own)
+            loss = loss + own.to(loss.device, loss.dtype)
+        super().backward(loss, *args, **kwargs)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step the optimizer, then let the methods of active adapters act."""
+        step = self.trainer.global_step
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        acting = [
+            (root, name, injection.method)
+            for root in adapted_roots(self)
+            for name, injection in records(root).items()
+            if type(injection.method).after_optimizer_step is not Method.after_optimizer_step
+        ]
+        if not acting:
+            return
+        steps = self.trainer.estimated_stepping_batches
+        bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        for root, name, method in acting:
+            here = adapters_named(root, name)
+            if any(name in layer.active for layer in adapter_layers(root).values()):
+                with torch.no_grad():
+                    method.after_optimizer_step(here, bare, step, int(steps) if math.isfinite(steps) else 0)

@@ -1,0 +1,62 @@
+"""What an optimizer gets to train: groups of parameters, and the learning rate of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_peft.adapter_layer import adapter_layers
+from lightning_peft.errors import ConfigError
+from lightning_peft.interfaces import Adapter
+
+RATIO = "lr_ratio"
+"""Key of a parameter group: the factor of its learning rate."""
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the trained parameters of ``module`` as optimizer groups.
+
+    Matrices and vectors are in groups of their own, the vectors without weight decay; so are parameters whose adapter asks
+    for a learning rate of its own, with the factor under ``"lr_ratio"`` for :func:`scale_learning_rates`.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    ratios = _ratios(module)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ConfigError("no parameter is trained; is the adapter active and trainable?")
+    # Matrices come before vectors, and the usual learning rate before others.
+    for ratio, is_vector in sorted({(ratios.get(id(p), 1.0), p.dim() <= 1) for p in trained}, key=_usual_first):
+        group: dict[str, Any] = {"params": []}
+        groups[ratio, is_vector] = group | ({"weight_decay": 0.0} if is_vector else {})
+        if ratio != 1.0:
+            groups[ratio, is_vector][RATIO] = ratio
+    for parameter in trained:
+        groups[ratios.get(id(parameter), 1.0), parameter.dim() <= 1]["params"].append(parameter)
+    return list(groups.values())
+
+
+def scale_learning_rates(optimizer: Optimizer) -> None:
+    """Multiply the learning rate of each group by its ratio: call it once, on a fresh optimizer, before a scheduler is made."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group.get(RATIO, 1.0)
+
+
+def _usual_first(key: tuple[float, bool]) -> tuple[bool, float, bool]:
+    ratio, is_vector = key
+    return ratio != 1.0, ratio, is_vector
+
+
+def _ratios(module: nn.Module) -> dict[int, float]:
+    """Return the factors of learning rates by the id of the parameter."""
+    ratios: dict[int, float] = {}
+    for layer in adapter_layers(module).values():
+        for adapter in layer.adapters.values():
+            assert isinstance(adapter, Adapter)
+            for name, ratio in adapter.learning_rate_ratios().items():
+                ratios[id(adapter.get_parameter(name))] = ratio
+    return ratios
