@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.compacter import Compacter as Compacter
+    from lightning_peft.plugins.dora import DoRA as DoRA
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
@@ -76,6 +78,7 @@ _HOME = {
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
     "Compacter": "plugins.compacter",
+    "DoRA": "plugins.dora",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
@@ -86,6 +89,7 @@ _HOME = {
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
+    "LoRAFA": "plugins.lora_fa",
     "Method": "interfaces",
     "ModelFamily": "families",
     "ModelLoader": "loaders",

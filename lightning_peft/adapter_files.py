@@ -135,7 +135,7 @@ def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
         peft_type = hf.get("peft_type")
         if not isinstance(peft_type, str):
             raise AdapterConfigError(f"'peft_type' must be a string such as 'LORA', found {peft_type!r}")
-        return get_registry().method_for_peft_type(peft_type).from_hf_config(hf)
+        return get_registry().method_for_peft_type(peft_type, hf).from_hf_config(hf)
     except (AdapterConfigError, UnknownNameError) as error:
         raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
 

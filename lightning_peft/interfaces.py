@@ -202,7 +202,8 @@ class Method(_Named, ABC):
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 
-    Of registered methods that share one, the ancestor reads HF PEFT's files of that type; its descendants only write them.
+    Of registered methods that share one, the ancestor reads HF PEFT's files of that type, but for those that a descendant
+    claims in :meth:`reads_hf_config`.
     """
 
     auxiliary_losses: ClassVar[bool] = False
@@ -286,6 +287,15 @@ class Method(_Named, ABC):
         raise NotImplementedError(f"{type(self).__name__} declares peft_type and must implement to_hf_config")
 
     @classmethod
+    def reads_hf_config(cls, config: Mapping[str, Any]) -> bool:
+        """Tell whether this method, rather than the one it inherits ``peft_type`` from, reads HF PEFT's ``config``.
+
+        Of all registered methods that say so the most derived one reads. A class that does not define this itself is not
+        asked, and the ancestor reads what is left.
+        """
+        return True
+
+    @classmethod
     def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
         """Build the method that acts as HF PEFT does under ``config``.
 
@@ -328,6 +338,14 @@ class Quantizer(_Named, ABC):
     @abstractmethod
     def dequantized(self, module: nn.Module) -> Tensor:
         """Return the weight (out_features, in_features) that ``module``, made by :meth:`quantize`, stands for."""
+
+    @classmethod
+    def packs(cls, module: nn.Module) -> bool:
+        """Tell whether ``module`` is packed in this way, with whatever settings, so that :meth:`dequantized` reads it.
+
+        Methods that need the weight itself (DoRA) work only over layers that a registered quantizer knows by this.
+        """
+        return False
 
 
 class EvalTask(_Named, ABC):

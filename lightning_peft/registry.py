@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -30,11 +29,15 @@ from lightning_peft.errors import (
     did_you_mean,
 )
 from lightning_peft.families import GENERIC, ModelFamily
+from lightning_peft.hf_types import ancestors, claimants, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
+from lightning_peft.plugin_info import PluginInfo, cause_of
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
+    "lightning_peft.plugins.dora",
+    "lightning_peft.plugins.lora_fa",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.compacter",
     "lightning_peft.plugins.bitfit",
@@ -60,28 +63,6 @@ _KINDS: dict[str, tuple[str, type]] = {
     "register_exporters": ("exporter", Exporter),
 }
 _HOOKS = (*_KINDS, "resolve_model_family")
-
-
-@dataclass
-class PluginInfo:
-    """One plugin: where it came from, what it gave, or why it is broken."""
-
-    source: str
-    """Module path of a built-in, or ``distribution version (entry point)``."""
-    builtin: bool = False
-    provides: dict[str, list[str]] = field(default_factory=dict)
-    """Kind (``method``, ``quantizer``, ...) to names."""
-    complete: bool = False
-    """Whether ``provides`` is all the plugin has: every hook was called and gave what it should."""
-    error: BaseException | None = None
-    """Why the plugin is broken, or None."""
-    hints: tuple[str, ...] = ()
-    """Names the plugin may have provided: of its distribution and entry point."""
-
-    @property
-    def cause(self) -> str:
-        """Why the plugin is broken, in one line without its source."""
-        return _cause(self.error).removeprefix(f"{self.source}: ")
 
 
 class Registry:
@@ -157,15 +138,30 @@ class Registry:
         """Return the method class registered as ``name``."""
         return self.get("method", name)  # type: ignore[no-any-return]
 
-    def method_for_peft_type(self, peft_type: str) -> type[Method]:
-        """Return the method that reads HF PEFT's ``peft_type``: an ancestor, not a method that inherits from it."""
-        for method in _readers(list(self.methods.values()), peft_type):
+    def method_for_peft_type(self, peft_type: str, config: Mapping[str, Any] | None = None) -> type[Method]:
+        """Return the method that reads HF PEFT's ``peft_type``: the ancestor, or a method below it that claims ``config``."""
+        asked = claimants(self.methods.values(), peft_type)
+        claimed = [method for method in asked if self._claims(method, config or {})]
+        method = reader(self.methods.values(), peft_type, claimed)
+        if method is not None:
             return method
         known = sorted({method.peft_type for method in self.methods.values() if method.peft_type})
         hint = did_you_mean(peft_type, known)
         read = f"{hint or '.'} Types that are read: {', '.join(known)}"
         unknown = f"no registered method reads HF PEFT's type {peft_type!r}{read}"
         raise self._missing("method", peft_type.lower(), unknown, bool(hint))
+
+    def _claims(self, method: type[Method], config: Mapping[str, Any]) -> bool:
+        """Ask ``method`` whether it reads ``config``; take its plugin out if that fails."""
+        try:
+            return bool(method.reads_hf_config(config))
+        except Exception as error:
+            source = self._owner.get(("method", method.name))
+            plugin = next((plugin for plugin in self.plugins if plugin.source == source), None)
+            if plugin is None or plugin.builtin:
+                raise
+            self._break(plugin, PluginError(f"{source}: {method.name}.reads_hf_config() raised {cause_of(error)}"))
+            return False
 
     def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
         """Return the error for a name nobody registered: ``unknown``, or that a broken plugin provides it."""
@@ -297,7 +293,7 @@ class Registry:
                     info.provides.setdefault(kind, []).append(item.name)
         new = [item for (kind, _), item in items.items() if kind == "method"]
         for method in new:
-            readers = _readers([*self.methods.values(), *new], method.peft_type)
+            readers = ancestors([*self.methods.values(), *new], method.peft_type)
             if method in readers and len(readers) > 1:
                 names = " and ".join(repr(reader.name) for reader in readers)
                 conflicts.append(
@@ -327,12 +323,6 @@ def get_registry() -> Registry:
     return Registry()
 
 
-def _readers(methods: list[type[Method]], peft_type: str | None) -> list[type[Method]]:
-    """Return the methods of a ``peft_type`` that inherit from no other method of that type."""
-    typed = [method for method in methods if peft_type is not None and method.peft_type == peft_type]
-    return [method for method in typed if not any(other in typed for other in method.__mro__[1:])]
-
-
 def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
     """Call one implementation of a hook with those of ``arguments`` that it takes."""
     try:
@@ -340,7 +330,7 @@ def _call(impl: pluggy.HookImpl, where: str, **arguments: Any) -> Any:
         plain = isinstance(result, (str, bytes)) or not isinstance(result, Iterable)
         return result if plain else list(result)  # as a generator may fail too
     except Exception as error:
-        raise PluginError(f"{where} raised {_cause(error)}") from error
+        raise PluginError(f"{where} raised {cause_of(error)}") from error
 
 
 def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
@@ -362,14 +352,6 @@ def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
         if wants_class and ("__dataclass_params__" not in vars(item) or not item.__dataclass_params__.frozen):
             raise PluginError(f"{where}: {kind} {name!r} must be decorated with @dataclass(frozen=True, kw_only=True)")
     return items
-
-
-def _cause(error: BaseException | None) -> str:
-    try:
-        text = str(error)
-    except Exception:  # the error's own __str__ is broken
-        text = "(its message cannot be shown)"
-    return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
 
 
 def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:

@@ -124,6 +124,8 @@ def test_the_example_of_a_quantizer_rounds_to_one_byte(example):
     assert packed.packed.dtype == torch.int8
     step = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
     assert ((quantizer.dequantized(packed) - linear.weight).abs() <= step * 0.501).all()
+    assert quantizer.packs(packed)
+    assert not quantizer.packs(linear)
     x = torch.randn(3, 16)
     assert torch.allclose(packed(x), linear(x), atol=0.05)
 

@@ -324,11 +324,11 @@ def test_two_plugins_of_one_name_conflict_whatever_their_order_on_the_path(insta
 
 
 def test_the_name_of_a_distribution_is_a_hint_to_what_it_provides(install):
-    install("import no_such_module_anywhere", "lightning-peft-lora-fa", module="fa", points=["main"])
+    install("import no_such_module_anywhere", "lightning-peft-lora-acme", module="fa", points=["main"])
     registry, _ = load_with_one_warning()
-    for name in ("lora_fa", "main", "lightning_peft_lora_fa"):
+    for name in ("lora_acme", "main", "lightning_peft_lora_acme"):
         with pytest.raises(
-            PluginLoadError, match=rf"method '{name}' is not registered, .*lightning-peft-lora-fa 1.2 \(main = fa\)"
+            PluginLoadError, match=rf"method '{name}' is not registered, .*lightning-peft-lora-acme 1.2 \(main = fa\)"
         ):
             registry.method(name)
 

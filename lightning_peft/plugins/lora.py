@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
@@ -109,6 +109,17 @@ class LoRA(Method):
         """The factor s of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def settings(self) -> LowRankSettings:
+        """Return what an adapter needs to know of this method."""
+        return LowRankSettings(
+            rank=self.rank,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            init=self.init,
+            bias=self.bias != "none",
+            dtype=self.dtype,
+        )
+
     @override
     def supports(self, module: nn.Module) -> bool:
         if isinstance(module, tuple(CONVOLUTIONS)):
@@ -119,14 +130,7 @@ class LoRA(Method):
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
-        settings = LowRankSettings(
-            rank=self.rank,
-            scaling=self.scaling,
-            dropout=self.dropout,
-            init=self.init,
-            bias=self.bias != "none",
-            dtype=self.dtype,
-        )
+        settings = self.settings()
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)
         if isinstance(module, nn.MultiheadAttention):
@@ -192,7 +196,7 @@ class LoRA(Method):
 
     @classmethod
     @override
-    def from_hf_config(cls, config: Mapping[str, Any]) -> LoRA:
+    def from_hf_config(cls, config: Mapping[str, Any]) -> Self:
         if (
             isinstance(config.get("init_lora_weights"), str)
             and config["init_lora_weights"].split("_")[0] in _CHANGE_THE_BASE

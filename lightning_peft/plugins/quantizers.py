@@ -79,6 +79,12 @@ class _FourBit(Quantizer):
         moved: nn.Module = packed.to(linear.weight.device)  # quantises into new memory
         return moved
 
+    @classmethod
+    @override
+    def packs(cls, module: nn.Module) -> bool:
+        state = getattr(module.weight, "quant_state", None)
+        return getattr(state, "quant_type", None) == cls.name
+
     @override
     def dequantized(self, module: nn.Module) -> Tensor:
         import bitsandbytes.functional as bnb
@@ -158,6 +164,11 @@ class Int8(Quantizer):
         packed.bias = _copy(linear.bias)
         layer: nn.Module = packed.train(linear.training)
         return layer
+
+    @classmethod
+    @override
+    def packs(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "Linear8bitLt" and not module.weight.is_floating_point()  # type: ignore[operator]
 
     @override
     def dequantized(self, module: nn.Module) -> Tensor:

@@ -457,7 +457,7 @@ def test_gaussian_init_has_deviation_one_over_rank_and_kaiming_that_of_hf_peft()
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "does not have HF PEFT's 'use_dora', which the adapter sets to True"),
+        ({"use_qalora": True}, "does not have HF PEFT's 'use_qalora', which the adapter sets to True"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights before training"),
         ({"r": 0}, "rank must be a positive integer"),
         ({"lora_alpha": None}, "alpha must be a finite number"),
