@@ -28,7 +28,7 @@ from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Quantizer
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.registry import get_registry
-from lightning_peft.targets import Targets, is_linear, resolve_targets
+from lightning_peft.targets import Targets, is_fused_experts, is_linear, matches, resolve_targets
 
 _MARK = "_lightning_peft_quantized_as"
 """Attribute of a layer that was quantised here: the name of the quantizer."""
@@ -134,6 +134,19 @@ class QLoRA(LoRA):
             done += 1
         if refused:
             self._tell(refused, done)
+        skipped = {path for word in self.skip for path in matches(word, model, family)}
+        experts = [
+            path
+            for path, module in base_modules(model)
+            if is_fused_experts(unwrapped(module)) and path not in skipped
+        ]
+        if experts:
+            warnings.warn(
+                f"QLoRA leaves {len(experts)} modules of fused experts, such as {experts[0]!r}, unquantised: quantizers pack linear layers. "
+                "They take the memory they took. Name them in skip= to say that this is wanted",
+                LightningPEFTWarning,
+                stacklevel=2,
+            )
 
     def _tell(self, refused: Mapping[str, str], done: int) -> None:
         """Name the layers that stay as they are; refuse if that is all of them."""
