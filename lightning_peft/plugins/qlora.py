@@ -136,16 +136,14 @@ class QLoRA(LoRA):
             self._tell(refused, done)
         skipped = {path for word in self.skip for path in matches(word, model, family)}
         experts = [
-            path
-            for path, module in base_modules(model)
-            if is_fused_experts(unwrapped(module)) and path not in skipped
+            path for path, module in base_modules(model) if is_fused_experts(unwrapped(module)) and path not in skipped
         ]
         if experts:
             warnings.warn(
                 f"QLoRA leaves {len(experts)} modules of fused experts, such as {experts[0]!r}, unquantised: quantizers pack linear layers. "
                 "They take the memory they took. Name them in skip= to say that this is wanted",
                 LightningPEFTWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
 
     def _tell(self, refused: Mapping[str, str], done: int) -> None:

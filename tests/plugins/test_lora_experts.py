@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lightning_peft import (
+    Adapter,
     LoRA,
     QLoRA,
     Targets,
@@ -23,12 +24,20 @@ from lightning_peft import (
     unmerge_adapters,
 )
 from lightning_peft.adapter_layer import unwrapped
-from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, InjectionError, LightningPEFTWarning, TargetError
+from lightning_peft.errors import (
+    AdapterConfigError,
+    AdapterMismatchError,
+    InjectionError,
+    LightningPEFTWarning,
+    TargetError,
+)
 from lightning_peft.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.testing import MethodConformance, token_batch
 from lightning_peft.testing.toys import VOCABULARY
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft", "ignore::RuntimeWarning:peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning:peft", "ignore::RuntimeWarning:peft"
+)
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -50,7 +59,7 @@ SIZES = {
 }
 DEEPSEEK = {
     "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
-    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss"]
 
@@ -61,9 +70,9 @@ def tiny(kind="mixtral", implementation="eager", **changes):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
-        with torch.no_grad():  # biases and parameters that start at zero or not at all
-            for parameter in model.parameters():
-                if parameter.dim() == 3 or not parameter.any() or not torch.isfinite(parameter).all():
+        with torch.no_grad():  # with the usual zeros, biases that are mistreated would not be noticed
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 3 or "bias" in name:
                     parameter.normal_(std=0.05)
     return model.eval()
 
@@ -91,10 +100,12 @@ def experts(model):
 
 
 class TestOnMixtral(MethodConformance):
+    """Every expert is chosen: with fewer, a rounding before the router may choose others. ``eager`` cannot be compiled in one graph."""
+
     method = LoRA(rank=3)
 
     def model(self):
-        return tiny()
+        return tiny("mixtral", "batched_mm", num_experts_per_tok=4, hidden_size=64, head_dim=16)
 
 
 class TestOnTransposedExpertsWithBiases(MethodConformance):
@@ -102,7 +113,7 @@ class TestOnTransposedExpertsWithBiases(MethodConformance):
     targets = ["re:.*experts", "q_proj"]  # noqa: RUF012
 
     def model(self):
-        return tiny("gpt_oss")
+        return tiny("gpt_oss", "batched_mm")
 
 
 # -- the formula -------------------------------------------------------------------------------------------------------
@@ -152,15 +163,23 @@ def test_adapters_add_up_and_merge_together():
     assert all(torch.equal(unwrapped(layer).down_proj, weights[path]) for path, layer in experts(model).items())
 
 
-def test_copies_of_the_weights_and_their_updates_do_not_act_at_once():
-    from lightning_peft import TopLayers
+def test_an_adapter_of_another_kind_inside_is_refused():
+    class Doubled(Adapter):
+        def reset_parameters(self, base_layer):
+            pass
+
+        def forward(self, base, *args):
+            return 2 * base(*args)
 
     model = tiny()
-    inject(model, TopLayers(num_blocks=1), name="copies")
-    inject(model, LoRA(rank=2), "experts", name="updates")
-    set_active_adapters(model, ["copies", "updates"])
-    with pytest.raises(InjectionError, match="acts on their weights and cannot stand around a ParameterCopies; activate one"):
+    inject(model, LoRA(rank=2), "experts")
+    for layer in experts(model).values():
+        layer.add("other", Doubled(), trainable=True)
+    set_active_adapters(model, ["other", "default"])
+    with pytest.raises(InjectionError, match="acts on their weights and cannot stand around a Doubled; activate one"):
         logits(model)
+    set_active_adapters(model, ["default", "other"])
+    assert torch.isfinite(logits(model)).all()
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
@@ -192,7 +211,9 @@ def test_experts_of_an_unknown_layout_are_refused_by_name_and_told_by_all_linear
     model = nn.ModuleDict({"linear": nn.Linear(4, 4), "experts": Experts()})
     with pytest.raises(TargetError, match="target 'experts' matches 'experts', a Experts, which LoRA cannot adapt"):
         inject(model, LoRA(rank=2), "experts")
-    with pytest.warns(LightningPEFTWarning, match="1 three-dimensional parameters such as 'experts.weight' are not adapted by LoRA"):
+    with pytest.warns(
+        LightningPEFTWarning, match="1 three-dimensional parameters such as 'experts.weight' are not adapted by LoRA"
+    ):
         assert inject(model, LoRA(rank=2), "all_linear").paths == ["linear"]
 
 
@@ -200,14 +221,20 @@ def test_a_method_that_cannot_adapt_experts_says_so():
     from lightning_peft import BitFit
 
     model = tiny("qwen2_moe", qkv_bias=True)
-    with pytest.warns(LightningPEFTWarning, match="4 three-dimensional parameters .* are not adapted by BitFit and stay frozen"):
+    with pytest.warns(
+        LightningPEFTWarning, match="4 three-dimensional parameters .* are not adapted by BitFit and stay frozen"
+    ):
         inject(model, BitFit(), "all_linear")
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "message"),
     [
-        (LoRA(dropout=0.1), "mixtral", "LoRA with dropout=0.1 was asked for at 'model.layers.0.mlp.experts', the experts"),
+        (
+            LoRA(dropout=0.1),
+            "mixtral",
+            "LoRA with dropout=0.1 was asked for at 'model.layers.0.mlp.experts', the experts",
+        ),
         (LoRA(bias="lora_only"), "gpt_oss", "LoRA with the training of biases was asked for at"),
     ],
 )
@@ -223,8 +250,8 @@ METHODS = {
     "plain": (LoRA(rank=3, alpha=7.0), "all_linear"),
     "rslora": (LoRA(rank=4, alpha=3, rslora=True), ["re:.*experts"]),
     "patterns": (
-        LoRA(rank=4, rank_pattern={"re:.*0.mlp.experts": 2, "q_proj": 3}, alpha_pattern={"re:.*1.mlp.experts": 5.0}),
-        ["re:.*experts", "q_proj", "v_proj"],
+        LoRA(rank=4, rank_pattern={"re:.*1.mlp.experts": 2, "o_proj": 3}, alpha_pattern={"re:.*1.mlp.experts": 5.0}),
+        ["re:.*experts", "o_proj"],
     ),
 }
 
@@ -233,6 +260,11 @@ METHODS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_load_both_ways(kind, case, tmp_path):
     method, targets = METHODS[case]
+    if (kind, case) == ("deepseek_v3", "plain"):
+        targets = [
+            "o_proj",
+            "re:.*experts",
+        ]  # HF PEFT 0.21.2 takes any gate_proj, up_proj and down_proj there for old experts
     ours = tiny(kind)
     inject(ours, method, targets)
     shake(ours)
@@ -310,9 +342,13 @@ def test_a_configuration_that_names_other_parameters_than_the_file_is_refused(tm
 
 def test_patterns_that_part_the_parameters_of_one_module_are_refused():
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    with pytest.raises(AdapterConfigError, match="the parameters of 'mlp.experts' get different values, .*all parameters of one"):
+    with pytest.raises(
+        AdapterConfigError, match="the parameters of 'mlp.experts' get different values, .*all parameters of one"
+    ):
         without_parameters({"down_proj": 2}, names, 8)
-    with pytest.raises(AdapterConfigError, match="matches the parameter 'mlp.experts.gate_up_proj'; only names are read"):
+    with pytest.raises(
+        AdapterConfigError, match="matches the parameter 'mlp.experts.gate_up_proj'; only names are read"
+    ):
         without_parameters({r"re:.*experts\..*": 2}, names, 8)
 
 
@@ -326,12 +362,12 @@ def test_it_trains_saves_loads_and_merges(tmp_path, make_trainer):
     class Task(LightningModule):
         def __init__(self):
             super().__init__()
-            self.model, self.losses = tiny(), []
+            self.model, self.losses = tiny().train(), []
             inject(self.model, LoRA(rank=4), "all_linear")
 
         def training_step(self, batch, index):
             loss = self.model(input_ids=batch, labels=batch).loss
-            self.losses.append(float(loss))
+            self.losses.append(loss.item())
             return loss
 
         def configure_optimizers(self):
@@ -351,13 +387,15 @@ def test_it_trains_saves_loads_and_merges(tmp_path, make_trainer):
 
 
 def test_qlora_adapts_experts_and_says_that_they_are_not_quantised():
-    model = tiny("mixtral", hidden_size=64, intermediate_size=64)
-    with pytest.warns(LightningPEFTWarning, match="2 modules of fused experts, .*such as 'model.layers.0.mlp.experts', unquantised"):
+    model = tiny("mixtral", hidden_size=64, head_dim=16)
+    with pytest.warns(
+        LightningPEFTWarning, match="2 modules of fused experts, .*such as 'model.layers.0.mlp.experts', unquantised"
+    ):
         paths = inject(model, QLoRA(rank=2), "all_linear").paths
     assert "model.layers.0.mlp.experts" in paths
     assert model.model.layers[0].mlp.experts.base_layer.down_proj.dtype == torch.float32
     assert model.model.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.uint8
     shake(model)(**token_batch()).logits.square().mean().backward()
     assert all(p.grad is not None for layer in experts(model).values() for p in layer.adapters.parameters())
-    model = tiny("mixtral", hidden_size=64, intermediate_size=64)
+    model = tiny("mixtral", hidden_size=64, head_dim=16)
     inject(model, QLoRA(rank=2, skip=["experts"]), "all_linear")  # wanted, so nothing is told
