@@ -23,6 +23,7 @@ from lightning_peft import (
     unmerge_adapters,
 )
 from lightning_peft.errors import AdapterMismatchError, ConfigError, LightningPEFTWarning, MergeError, TargetError
+from lightning_peft.registry import get_registry
 from lightning_peft.testing import MethodConformance, tiny_gpt2, tiny_llama, token_batch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -122,6 +123,17 @@ def test_merged_weights_stay_tied_and_unmerge_bit_for_bit(make):
     assert relative(logits(plain), adapted) <= 1e-5
 
 
+def test_the_merged_folder_is_plain_transformers(tmp_path):
+    model = llama()
+    inject(model, BOTH, "embedding")
+    adapted = logits(shake(model))
+    get_registry().exporters["merged_transformers"]().export(model, tmp_path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert relative(logits(merged), adapted) <= 1e-5
+
+
+@torch.no_grad()
 def test_all_places_of_a_t5_share_one_update():
     sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     config = transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0)
