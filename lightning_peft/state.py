@@ -328,10 +328,6 @@ def _check_hf_targets(
         )
 
 
-def _named(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
 def _without_base_copies(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
     """Drop the copies of adapted embeddings and heads that HF PEFT writes beside their adapters, after comparing them."""
     tensors = dict(folder.tensors)
@@ -367,6 +363,10 @@ def _check_tensors(
             raise AdapterMismatchError(
                 f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers"
             )
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _in_layer(name: str) -> str:
