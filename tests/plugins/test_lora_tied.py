@@ -38,7 +38,7 @@ def llama():
 
 
 class TestBothOnLlama(MethodConformance):
-    method = BOTH
+    method = LoRA(rank=3, alpha=7.0, tied="both")
     targets = ["embedding", "query", "down"]  # noqa: RUF012
 
     def model(self):
@@ -46,7 +46,7 @@ class TestBothOnLlama(MethodConformance):
 
 
 class TestBothOnGPT2(MethodConformance):
-    method = BOTH
+    method = LoRA(rank=3, alpha=7.0, tied="both")
     targets = "head"
 
     def model(self):
