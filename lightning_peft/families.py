@@ -10,7 +10,7 @@ from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.interfaces import Slice
 
 Role = Literal[
-    "query", "key", "value", "qkv", "output", "gate", "up", "gate_up", "down",
+    "query", "key", "value", "qkv", "output", "gate", "up", "gate_up", "down", "experts",
     "attention", "mlp", "block", "embedding", "head", "norm", "all_linear",
 ]  # fmt: skip
 """The roles a module can play in a model."""

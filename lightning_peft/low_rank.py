@@ -53,18 +53,13 @@ class LowRankAdapter(Adapter):
 
     bias: nn.Parameter | None
 
-    def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
+    def __init__(self, settings: LowRankSettings, module: nn.Module, weight: str = "weight") -> None:
         super().__init__()
-        self.rank, self.scaling, self.dropout, self.init = (
-            settings.rank,
-            settings.scaling,
-            float(settings.dropout),
-            settings.init,
-        )
+        self.rank, self.scaling, self.init = settings.rank, settings.scaling, settings.init
+        self.dropout = float(settings.dropout)
         self.file_rank = settings.rank
-        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-        assert isinstance(weight, Tensor)
-        self._device, self._dtype = weight.device, _adapter_dtype(weight.dtype, settings.dtype)
+        like = module.get_parameter("in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight)
+        self._device, self._dtype = like.device, _adapter_dtype(like.dtype, settings.dtype)
         base_bias = getattr(module, "bias", None)
         if settings.bias and isinstance(base_bias, Tensor):
             self.bias = self.new(*base_bias.shape)

@@ -45,6 +45,7 @@ from lightning_peft.errors import (
     LightningPEFTError,
     LightningPEFTWarning,
 )
+from lightning_peft.families import GENERIC
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Slice, Target
 from lightning_peft.registry import get_registry
@@ -213,7 +214,19 @@ def load_adapter(
                 adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
             except AdapterConfigError as error:
                 raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}, at {place!r}: {error}") from error
+        _check_shared(model, folder, name, tensors)
     return injection
+
+
+def _check_shared(model: nn.Module, folder: AdapterFolder, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file that has different values for tensors that several places of the adapter share."""
+    for place, adapter in adapters_named(model, name).items():
+        for key, value in adapter.export_state().items() if adapter.tied_parameters else ():
+            if not torch.equal(value, tensors[f"{place}.{key}"].to(value)):
+                raise AdapterMismatchError(
+                    f"{str(folder.path / WEIGHTS)!r} has values of {place}.{key} other than those of the module that shares this weight; "
+                    "with tied weights they are one tensor"
+                )
 
 
 @contextlib.contextmanager
@@ -288,26 +301,42 @@ def _placed(model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tenso
         for place in modules
         if place in places and not places[place] <= set(dict(modules[place].named_parameters(recurse=False)))
     )
-    _check_hf_targets(folder, modules, {target.path for target in targets})
-    return Injection(method=folder.method, targets=targets, family=get_registry().resolve_family(model).name)
+    injection = Injection(method=folder.method, targets=targets, family=get_registry().resolve_family(model).name)
+    _check_hf_targets(folder, model, modules, injection)
+    return injection
 
 
-def _check_hf_targets(folder: AdapterFolder, modules: Mapping[str, nn.Module], places: set[str]) -> None:
-    """Compare the places of the tensors with HF PEFT's own rule for ``target_modules``, where that is a list of names."""
-    hf = folder.hf or {}
-    names = hf.get("target_modules")
+def _check_hf_targets(
+    folder: AdapterFolder, model: nn.Module, modules: Mapping[str, nn.Module], injection: Injection
+) -> None:
+    """Compare the places of the tensors with HF PEFT's own rule for ``target_modules``, where that is a list of names.
+
+    ``target_parameters`` name modules by their parameters. A place that the method adds to those named is expected too.
+    """
+    hf, places, method = folder.hf or {}, set(injection.paths), injection.method
+    parameters = hf.get("target_parameters") or []
+    names = hf.get("target_modules") or ([] if parameters else hf.get("target_modules"))
     if not places:
         raise AdapterMismatchError(
             f"{str(folder.path / WEIGHTS)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
         )
     if not isinstance(names, list) or hf.get("layers_to_transform") is not None or hf.get("exclude_modules"):
         return  # a regular expression from a file is never run; the tensors alone say where they belong
-    wanted = {place for place in modules if any(place == name or place.endswith(f".{name}") for name in names)}
-    missing = sorted(place for place in wanted - places if folder.method.supports(modules[place]))
+    wanted = {place for place in modules if _named(place, names)}
+    wanted |= {
+        place
+        for place, module in modules.items()
+        if any(_named(f"{place}.{name}", parameters) for name, _ in module.named_parameters(recurse=False))
+    }
+    missing = sorted(place for place in wanted - places if method.supports(modules[place]))
     extra = sorted(places - wanted)
+    if extra:
+        family = get_registry().model_families.get(injection.family, GENERIC)
+        asked = [target for target in injection.targets if target.path in wanted]
+        extra = sorted(set(extra) - {target.path for target in method.expand(model, asked, family)})
     if missing or extra:
         raise AdapterMismatchError(
-            f"{str(folder.path)!r}: target_modules {names} of {HF_CONFIG} and the tensors of {WEIGHTS} do not agree. "
+            f"{str(folder.path)!r}: target_modules {[*names, *parameters]} of {HF_CONFIG} and the tensors of {WEIGHTS} do not agree. "
             f"Modules without tensors: {missing[:5]} ({len(missing)}); tensors for other modules: {extra[:5]} ({len(extra)})"
         )
 
@@ -347,6 +376,10 @@ def _check_tensors(
             raise AdapterMismatchError(
                 f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers"
             )
+
+
+def _named(path: str, names: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _in_layer(name: str) -> str:

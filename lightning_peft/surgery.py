@@ -37,7 +37,7 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, records
 from lightning_peft.interfaces import Method, Target
 from lightning_peft.registry import get_registry
-from lightning_peft.targets import Targets, matches, resolve_targets
+from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
 
 _NESTED = "_lightning_peft_use_nested_tensor"
 """Attribute of an adapted ``nn.TransformerEncoder``: its own ``use_nested_tensor``."""
@@ -88,7 +88,7 @@ def inject(
         method=type(method).__name__,
     )
     if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
-        _warn_of_fused_experts(model)
+        _warn_of_fused_experts(model, method)
     return _put(model, Injection(method=method, targets=tuple(chosen), family=known.name), known, name, trainable)
 
 
@@ -327,12 +327,18 @@ def _listen(module: nn.Module, args: Any) -> None:
     """Do nothing: being registered is the effect."""
 
 
-def _warn_of_fused_experts(model: nn.Module) -> None:
-    fused = [name for name, parameter in base_parameters(model) if parameter.dim() == 3 and "expert" in name]
+def _warn_of_fused_experts(model: nn.Module, method: Method) -> None:
+    """Name the experts that ``all_linear`` passes by because the method cannot adapt them, or nobody knows their layout."""
+    fused = [
+        f"{path}.{name}"
+        for path, module in ((path, unwrapped(module)) for path, module in base_modules(model))
+        for name in fused_parameters(module)
+        if "expert" in f"{path}.{name}" and not (is_fused_experts(module) and method.supports(module))
+    ]
     if fused:
         warnings.warn(
-            f"'all_linear' adapts linear layers; the experts of this model are {len(fused)} three-dimensional parameters such as "
-            f"{fused[0]!r} and stay frozen",
+            f"'all_linear' adapts linear layers and experts of a known layout where the method can; {len(fused)} three-dimensional "
+            f"parameters such as {fused[0]!r} are not adapted by {type(method).__name__} and stay frozen",
             LightningPEFTWarning,
             stacklevel=3,
         )

@@ -2,8 +2,8 @@ r"""From the words a user writes to the modules of a model: roles, globs, regula
 
 A target is one of
 
-* a **role** of the model's family: ``query key value qkv output gate up gate_up down attention mlp block embedding head
-  norm``, or ``all_linear``, every linear layer but the head, which every model has;
+* a **role** of the model's family: ``query key value qkv output gate up gate_up down experts attention mlp block embedding
+  head norm``, or ``all_linear``, every linear layer but the head and the fused experts, which every model has;
 * a **glob** on the module path: ``*.self_attn.q_proj``, or just its end: ``q_proj``; a word that is no role of the family is
   a glob too;
 * ``re:`` and a **regular expression** that must match the whole module path: ``re:.*\\.[0-3]\\.mlp\\..*``.
@@ -220,7 +220,7 @@ class _Search:
         return [
             path
             for path, module in self.modules.items()
-            if is_linear(module) and path not in heads and not path.startswith(inside)
+            if (is_linear(module) or is_fused_experts(module)) and path not in heads and not path.startswith(inside)
         ]
 
     def _output_embedding(self) -> nn.Module | None:
@@ -263,6 +263,20 @@ def is_conv1d_linear(module: nn.Module) -> bool:
     """Tell whether ``module`` is transformers' ``Conv1D``: a linear layer with weight (in_features, out_features)."""
     kind = type(module)  # recognised by name, so that this does not import transformers
     return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in kind.__mro__)
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Tell whether ``module`` holds the experts of a mixture as three-dimensional parameters of a known layout.
+
+    Such are the experts of transformers 5, which it marks with ``is_transposed`` and ``has_bias``.
+    """
+    marked = all(isinstance(vars(module).get(mark), bool) for mark in ("is_transposed", "has_bias"))
+    return marked and bool(fused_parameters(module))
+
+
+def fused_parameters(module: nn.Module) -> list[str]:
+    """Return the names of the three-dimensional parameters of ``module`` itself."""
+    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
 
 
 def layer_index(path: str) -> int | None:

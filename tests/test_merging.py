@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_peft import Adapter, LoRA, adapter_layers, inject, merge_adapters, set_active_adapters, unmerge_adapters
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import LightningPEFTWarning, MergeError
 from lightning_peft.merging import adapters_merged
 
 
@@ -103,7 +103,8 @@ def test_a_non_finite_merge_is_refused_and_changes_no_weight_of_any_layer():
 def test_merging_into_tied_weights_is_refused_naming_both_users():
     model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
     model["head"].weight = model["embedding"].weight
-    inject(model, LoRA(rank=2), "head")
+    with pytest.warns(LightningPEFTWarning, match="the weight of 'head', .* is also that of 'embedding'"):
+        inject(model, LoRA(rank=2), "head")
     with pytest.raises(
         MergeError, match=r"head.weight is shared by embedding.weight, head.weight: merging the adapter"
     ):

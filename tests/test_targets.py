@@ -68,6 +68,13 @@ TOY = ModelFamily(
 )
 
 
+class LinearOnly(LoRA):
+    """LoRA as a method that knows linear layers alone."""
+
+    def supports(self, module: nn.Module) -> bool:
+        return is_linear(module)
+
+
 def tiny(model_type: str, **changes: Any) -> Any:
     sizes = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.AutoConfig.for_model(model_type, **{**sizes, "bos_token_id": 1, "eos_token_id": 2, **changes})
@@ -339,14 +346,16 @@ def test_all_linear_without_linear_layers_is_an_error() -> None:
         paths("all_linear", nn.Sequential(nn.ReLU()), GENERIC)
 
 
-def test_all_linear_on_experts_that_are_no_modules_warns() -> None:
-    model = tiny("mixtral", intermediate_size=12, num_key_value_heads=1, num_local_experts=2)
+def test_all_linear_takes_fused_experts_where_the_method_can_and_warns_where_it_cannot() -> None:
+    options = {"intermediate_size": 12, "num_key_value_heads": 1, "num_local_experts": 2}
+    attention = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"]
+    found = inject(tiny("mixtral", **options), LoRA(rank=2), "all_linear").paths
+    assert set(found) == {*attention, *(f"model.layers.{i}.mlp.experts" for i in range(2))}
     message = (
-        "the experts of this model are 4 three-dimensional parameters such as 'model.layers.0.mlp.experts.gate_up_proj'"
+        "4 three-dimensional parameters such as 'model.layers.0.mlp.experts.gate_up_proj' are not adapted by LinearOnly"
     )
     with pytest.warns(LightningPEFTWarning, match=message):
-        found = inject(model, LoRA(rank=2), "all_linear").paths
-    assert found == [f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"]
+        assert inject(tiny("mixtral", **options), LinearOnly(rank=2), "all_linear").paths == attention
 
 
 def test_a_projection_that_multihead_attention_never_calls_is_not_adapted() -> None:

@@ -38,14 +38,23 @@ from lightning_peft.low_rank import (
     LowRankMultiheadAttention,
     LowRankSettings,
 )
-from lightning_peft.targets import is_conv1d_linear
+from lightning_peft.low_rank_experts import LowRankExperts, without_parameters
+from lightning_peft.targets import fused_parameters, is_conv1d_linear, is_fused_experts
+from lightning_peft.tied_low_rank import (
+    TIED_RULE,
+    TiedEmbedding,
+    TiedLinear,
+    refuse_or_warn_of_tied,
+    tie,
+    with_tied,
+)
 
 _BIASED = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVOLUTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-    """Low-rank adaptation of linear, embedding, convolution and ``nn.MultiheadAttention`` layers.
+    """Low-rank adaptation of linear, embedding, convolution and ``nn.MultiheadAttention`` layers, and of fused experts.
 
     Example:
         >>> import torch
@@ -80,6 +89,9 @@ class LoRA(Method):
     """Target (role, glob or ``re:``) to alpha, where it differs; the first match counts."""
     dtype: Literal["float32", "base"] = "float32"
     """Precision of the adapter: at least float32, or that of the base."""
+    tied: Literal["one", "both", "error"] = "one"
+    """What happens where an adapted weight is also that of another module, as tied embeddings are: only the target is adapted, with a
+    warning, all modules that share it get one update together, or it is refused."""
 
     def __post_init__(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -99,7 +111,12 @@ class LoRA(Method):
                 raise ConfigError(f"LoRA {label} must be a finite number, got {alpha!r}")
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA dropout must lie in [0, 1), got {self.dropout!r}")
-        choices = {"init": ("kaiming", "gaussian"), "bias": ("none", "all", "lora_only"), "dtype": ("float32", "base")}
+        choices = {
+            "init": ("kaiming", "gaussian"),
+            "bias": ("none", "all", "lora_only"),
+            "dtype": ("float32", "base"),
+            "tied": ("one", "both", "error"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"LoRA {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -126,6 +143,8 @@ class LoRA(Method):
             return bool(module.groups == 1 and module.padding_mode == "zeros")
         if isinstance(module, nn.MultiheadAttention):
             return module._qkv_same_embed_dim and module.bias_k is None
+        if is_fused_experts(module):
+            return all(module.get_parameter(name).is_floating_point() for name in fused_parameters(module))
         return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d_linear(module)
 
     @override
@@ -133,6 +152,10 @@ class LoRA(Method):
         settings = self.settings()
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)
+        if target.rule == TIED_RULE:
+            return TiedEmbedding(settings, module) if isinstance(module, nn.Embedding) else TiedLinear(settings, module)
+        if is_fused_experts(module):
+            return LowRankExperts(settings, module, target)
         if isinstance(module, nn.MultiheadAttention):
             return LowRankMultiheadAttention(settings, module, target)
         if isinstance(module, nn.Embedding):
@@ -147,6 +170,10 @@ class LoRA(Method):
 
     @override
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
+        if self.tied == "both":
+            targets = with_tied(model, targets)
+        else:
+            refuse_or_warn_of_tied(model, targets, refuse=self.tied == "error")
         if self.bias != "all":
             return targets
         chosen = {target.path for target in targets}
@@ -161,6 +188,11 @@ class LoRA(Method):
                 )
             extra.append(Target(path=path, rule=_BIAS_RULE))
         return [*targets, *extra]
+
+    @override
+    def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Let adapters of one weight share their tensors."""
+        tie(model, adapters)
 
     # -- HF PEFT's adapter_config.json -----------------------------------------------------------------------------
 
@@ -179,6 +211,12 @@ class LoRA(Method):
         }
         rank = Counter(ranks.values()).most_common(1)[0][0]
         alpha = Counter(scalings.values()).most_common(1)[0][0]
+        # HF PEFT names the parameters of experts, not their module, in its patterns too.
+        named = {
+            path: [f"{path}.{name}" for name in adapter.names] if isinstance(adapter, LowRankExperts) else [path]
+            for path, adapter in places.items()
+        }
+        experts = [path for path, adapter in places.items() if isinstance(adapter, LowRankExperts)]
         transposed = [adapter.transposed for adapter in places.values() if isinstance(adapter, LowRankLinear)]
         return {
             "r": rank,
@@ -189,9 +227,18 @@ class LoRA(Method):
             "bias": self.bias,
             "init_lora_weights": "gaussian" if self.init == "gaussian" else True,
             "fan_in_fan_out": bool(transposed) and all(transposed),
-            "rank_pattern": {re.escape(path): value for path, value in ranks.items() if value != rank},
-            "alpha_pattern": {re.escape(path): _whole(value) for path, value in scalings.items() if value != alpha},
-            "target_modules": list(places),
+            "rank_pattern": {
+                re.escape(name): value for path, value in ranks.items() if value != rank for name in named[path]
+            },
+            "alpha_pattern": {
+                re.escape(name): _whole(value)
+                for path, value in scalings.items()
+                if value != alpha
+                for name in named[path]
+            },
+            "ensure_weight_tying": any(adapter.tied_parameters for adapter in places.values()),
+            "target_modules": [path for path in places if path not in experts],
+            "target_parameters": [name for path in experts for name in named[path]] or None,
         }
 
     @classmethod
@@ -214,15 +261,23 @@ class LoRA(Method):
             for name in ("rank_pattern", "alpha_pattern"):
                 if not isinstance(config.get(name) or {}, Mapping):
                     raise ConfigError(f"{name} must map patterns to values, got {config[name]!r}")
+            rank, alpha, parameters = (
+                config.get("r", 8),
+                config.get("lora_alpha", 8),
+                config.get("target_parameters") or [],
+            )
+            ranks = {_pattern(key): value for key, value in (config.get("rank_pattern") or {}).items()}
+            alphas = {_pattern(key): value for key, value in (config.get("alpha_pattern") or {}).items()}
             return cls(
-                rank=config.get("r", 8),
-                alpha=config.get("lora_alpha", 8),
+                rank=rank,
+                alpha=alpha,
                 dropout=config.get("lora_dropout") or 0.0,
                 rslora=bool(config.get("use_rslora")),
                 bias=config.get("bias") or "none",
                 init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-                rank_pattern={_pattern(key): value for key, value in (config.get("rank_pattern") or {}).items()},
-                alpha_pattern={_pattern(key): value for key, value in (config.get("alpha_pattern") or {}).items()},
+                rank_pattern=without_parameters(ranks, parameters, rank),
+                alpha_pattern=without_parameters(alphas, parameters, alpha),
+                tied="both" if config.get("ensure_weight_tying") else "one",
             )
         except ConfigError as error:
             raise AdapterConfigError(str(error)) from error
@@ -242,6 +297,8 @@ _HF_UNDERSTOOD = frozenset(
         "alpha_pattern",
         "fan_in_fan_out",
         "target_modules",
+        "target_parameters",
+        "ensure_weight_tying",
         "peft_type",
         "peft_version",
         "task_type",

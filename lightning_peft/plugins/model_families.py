@@ -36,9 +36,11 @@ _LLAMA = {
     "up": ("layers.*.mlp.up_proj",),
     "down": ("layers.*.mlp.down_proj",),
 }
-# Mixture-of-experts layers hold their experts as three-dimensional parameters, which no module stands for.
+# Mixture-of-experts layers hold all their experts in one module, as three-dimensional parameters.
+_EXPERTS = {"experts": ("layers.*.mlp.experts",)}
 _QWEN_MOE = {
     **_LLAMA_ATTENTION,
+    **_EXPERTS,
     "gate": ("layers.*.mlp.gate_proj", "layers.*.mlp.shared_expert.gate_proj"),
     "up": ("layers.*.mlp.up_proj", "layers.*.mlp.shared_expert.up_proj"),
     "down": ("layers.*.mlp.down_proj", "layers.*.mlp.shared_expert.down_proj"),
@@ -204,11 +206,11 @@ _GATE_UP = Fused(role="gate_up", parts={"gate": 1, "up": 1})
 FAMILIES = (
     ModelFamily(name="llama", model_types=("llama",), roles=_LLAMA),
     ModelFamily(name="mistral", model_types=("mistral",), roles=_LLAMA),
-    ModelFamily(name="mixtral", model_types=("mixtral",), roles=_LLAMA_ATTENTION),
+    ModelFamily(name="mixtral", model_types=("mixtral",), roles={**_LLAMA_ATTENTION, **_EXPERTS}),
     ModelFamily(name="qwen2", model_types=("qwen2",), roles=_LLAMA),
     ModelFamily(name="qwen2_moe", model_types=("qwen2_moe",), roles=_QWEN_MOE),
     ModelFamily(name="qwen3", model_types=("qwen3",), roles=_LLAMA),
-    ModelFamily(name="qwen3_moe", model_types=("qwen3_moe",), roles=_LLAMA),
+    ModelFamily(name="qwen3_moe", model_types=("qwen3_moe",), roles={**_LLAMA, **_EXPERTS}),
     ModelFamily(name="gemma", model_types=("gemma",), roles=_LLAMA),
     ModelFamily(name="gemma2", model_types=("gemma2",), roles=_LLAMA),
     ModelFamily(name="gemma3_text", model_types=("gemma3_text",), roles=_LLAMA),

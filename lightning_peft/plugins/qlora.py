@@ -29,7 +29,7 @@ from lightning_peft.interfaces import Method, Quantizer
 from lightning_peft.layer_preparation import LayerPreparation, prepare_layers
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.registry import get_registry
-from lightning_peft.targets import Targets, is_linear, resolve_targets
+from lightning_peft.targets import Targets, is_fused_experts, is_linear, matches, resolve_targets
 
 _MARK = "_lightning_peft_quantized_as"
 """Attribute of a layer that was quantised here: the name of the quantizer."""
@@ -130,6 +130,17 @@ class QLoRA(LoRA):
     def _quantization(self, model: nn.Module) -> Quantization:
         family = get_registry().resolve_family(model)
         found = resolve_targets(model, self._spec(), family, supports=is_linear, method="QLoRA")
+        skipped = {path for word in self.skip for path in matches(word, model, family)}
+        experts = [
+            path for path, module in base_modules(model) if is_fused_experts(unwrapped(module)) and path not in skipped
+        ]
+        if experts:
+            warnings.warn(
+                f"QLoRA leaves {len(experts)} modules of fused experts, such as {experts[0]!r}, unquantised: quantizers pack linear layers. "
+                "They take the memory they took. Name them in skip= to say that this is wanted",
+                LightningPEFTWarning,
+                stacklevel=5,
+            )
         return Quantization(self, {target.path for target in found})
 
     def _adopt(self, packed: Mapping[str, nn.Module]) -> None:

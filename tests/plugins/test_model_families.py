@@ -254,18 +254,22 @@ _WHISPER_PATHS = """
 _llama = functools.partial(table, _LLAMA_PATHS, L="model.layers.0")
 _QK_NORM = "L.self_attn.q_norm L.self_attn.k_norm L.input_layernorm L.post_attention_layernorm model.norm"
 _GEMMA_NORM = "L.pre_feedforward_layernorm L.post_feedforward_layernorm"
-_NO_EXPERTS = dict.fromkeys(["gate", "up", "down"], "")
+_FUSED = {"experts": "L.mlp.experts"}
+_EXPERTS_ALONE = {**dict.fromkeys(["gate", "up", "down"], ""), **_FUSED}
 
 PATHS: dict[str, dict[str, list[str]]] = {
     "llama": _llama(),
     "mistral": _llama(),
-    "mixtral": _llama(**_NO_EXPERTS),
+    "mixtral": _llama(**_EXPERTS_ALONE),
     "qwen2": _llama(),
     "qwen2_moe": _llama(
-        gate="L.mlp.shared_expert.gate_proj", up="L.mlp.shared_expert.up_proj", down="L.mlp.shared_expert.down_proj"
+        gate="L.mlp.shared_expert.gate_proj",
+        up="L.mlp.shared_expert.up_proj",
+        down="L.mlp.shared_expert.down_proj",
+        **_FUSED,
     ),
     "qwen3": _llama(norm=_QK_NORM),
-    "qwen3_moe": _llama(**_NO_EXPERTS, norm=_QK_NORM),
+    "qwen3_moe": _llama(**_EXPERTS_ALONE, norm=_QK_NORM),
     "gemma": _llama(),
     "gemma2": _llama(norm=f"{_GEMMA_NORM} L.input_layernorm L.post_attention_layernorm model.norm"),
     "gemma3_text": _llama(norm=f"{_GEMMA_NORM} {_QK_NORM}"),
@@ -353,6 +357,10 @@ def test_a_role_that_a_model_has_no_layers_for_is_an_error(model_type: str) -> N
             inject(model, LoRA(rank=2), role)
 
 
+TIED = "ignore:the weight of .* is also that of:lightning_peft.errors.LightningPEFTWarning"
+
+
+@pytest.mark.filterwarnings(TIED)  # most of these models tie their embeddings by default
 @pytest.mark.parametrize("model_type", PATHS)
 def test_lora_acts_at_each_role_and_every_parameter_of_it_learns(model_type: str) -> None:
     base = tiny(model_type)(**inputs(model_type)).logits
@@ -400,7 +408,7 @@ def body(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in names if isinstance(getattr(model, name, None), nn.Module))
 
 
-@pytest.mark.filterwarnings("ignore:'all_linear' adapts linear layers:lightning_peft.errors.LightningPEFTWarning")
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize(("model_type", "task"), _HEADS)
 def test_the_head_is_all_that_is_linear_outside_the_body_and_all_linear_is_the_rest(model_type: str, task: str) -> None:
     changes = {"is_decoder": True} if task == "CausalLM" and "bert" in model_type else {}
@@ -411,9 +419,12 @@ def test_the_head_is_all_that_is_linear_outside_the_body_and_all_linear_is_the_r
     head = inject(model, LoRA(rank=2), "head", name="head").paths
     assert head
     assert set(head) == linear - inside
-    assert set(inject(model, LoRA(rank=2), "all_linear").paths) == inside - in_attention
+    experts = {path for path, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+    assert bool(experts) == ("moe" in model_type or model_type == "mixtral")
+    assert set(inject(model, LoRA(rank=2), "all_linear").paths) == inside - in_attention | experts
 
 
+@pytest.mark.filterwarnings(TIED)
 @pytest.mark.parametrize("legacy", [True, False])
 def test_the_head_of_both_deberta_language_models_is_found(legacy: bool) -> None:
     model = tiny("deberta-v2", legacy=legacy)
