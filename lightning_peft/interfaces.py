@@ -192,6 +192,8 @@ class Method(_Named, ABC):
     """Several adapters of this method may be active at one place at once."""
     quantized_base: ClassVar[bool] = False
     """The method works over a base layer whose weights are quantised."""
+    exact_packed_base: ClassVar[bool] = False
+    """The adapter belongs to the packed weights it was trained over, bit for bit: its folder names them and refuses others."""
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 

@@ -35,6 +35,9 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
+    "lightning_peft.plugins.pissa",
+    "lightning_peft.plugins.olora",
+    "lightning_peft.plugins.loftq",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",

@@ -117,9 +117,10 @@ class LoRA(Method):
             return module._qkv_same_embed_dim and module.bias_k is None
         return isinstance(module, (nn.Linear, nn.Embedding)) or is_conv1d_linear(module)
 
-    @override
-    def adapter(self, module: nn.Module, target: Target) -> Adapter:
-        settings = LowRankSettings(
+    @property
+    def settings(self) -> LowRankSettings:
+        """The fields that an adapter needs."""
+        return LowRankSettings(
             rank=self.rank,
             scaling=self.scaling,
             dropout=self.dropout,
@@ -127,6 +128,14 @@ class LoRA(Method):
             bias=self.bias != "none",
             dtype=self.dtype,
         )
+
+    def linear_adapter(self, module: nn.Module, target: Target) -> LowRankAdapter:
+        """Make the adapter for a linear layer or a ``Conv1D``; descendants put their own arithmetic here."""
+        return LowRankLinear(self.settings, module, target.slices)
+
+    @override
+    def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        settings = self.settings
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)
         if isinstance(module, nn.MultiheadAttention):
@@ -135,7 +144,7 @@ class LoRA(Method):
             return LowRankEmbedding(settings, module)
         if isinstance(module, tuple(CONVOLUTIONS)):
             return LowRankConv(settings, module)
-        return LowRankLinear(settings, module, target.slices)
+        return self.linear_adapter(module, target)
 
     @override
     def patterns(self) -> Mapping[str, Mapping[str, Any]]:

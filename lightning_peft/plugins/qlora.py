@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,14 +24,14 @@ from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, LightningPEFTWarning
+from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Quantizer
 from lightning_peft.plugins.lora import LoRA
+from lightning_peft.quantized_layers import mark_packed, packed_layers, quantizer_name
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import Targets, is_linear, resolve_targets
 
-_MARK = "_lightning_peft_quantized_as"
-"""Attribute of a layer that was quantised here: the name of the quantizer."""
 _SETTINGS = ("block_size", "double_quantization", "compute_dtype", "threshold")
 
 
@@ -88,7 +88,7 @@ class QLoRA(LoRA):
         for key in given:
             if key not in known:
                 raise ConfigError(
-                    f"QLoRA {key}={given[key]!r} was given, but the quantizer {self.quantization!r} has no such setting; "
+                    f"{type(self).__name__} {key}={given[key]!r} was given, but the quantizer {self.quantization!r} has no such setting; "
                     f"leave it out. It has: {', '.join(sorted(known)) or 'none'}"
                 )
         return kind(**given)
@@ -110,24 +110,26 @@ class QLoRA(LoRA):
             InjectionError: no layer can be quantised, an adapter is merged into the base, or the base was quantised
                 elsewhere and repacked for inference.
         """
-        if packed := _packed(model):
+        if packed := packed_layers(model):
             self._adopt(packed)
             return
         if any(layer.merged for layer in adapter_layers(model).values()):
-            raise InjectionError("QLoRA cannot quantise a base that an adapter is merged into; unmerge_adapters first")
+            raise InjectionError(
+                f"{type(self).__name__} cannot quantise a base that an adapter is merged into; unmerge_adapters first"
+            )
         family = get_registry().resolve_family(model)
-        found = resolve_targets(model, self._spec(), family, supports=is_linear, method="QLoRA")
+        found = resolve_targets(model, self._spec(), family, supports=is_linear, method=type(self).__name__)
         refused: dict[str, str] = {}
         places = _places(model, {target.path for target in found})
-        quantizer, done = self.quantizer, 0
+        packer, done = self.packer(model, family), 0
         for path, holders in places.items():
             parent, child_name = holders[0]
             try:
-                packed_layer = _quantized(quantizer, parent._modules[child_name])
+                packed_layer = packer(path, _plain_linear(parent._modules[child_name]))
             except InjectionError as error:
                 refused[path] = str(error)
                 continue
-            vars(packed_layer)[_MARK] = self.quantization
+            mark_packed(packed_layer, self.quantization)
             # Nothing holds the layer that stood here any longer: its weight is freed before the next one is packed.
             for parent, child_name in holders:
                 parent._modules[child_name] = packed_layer
@@ -135,17 +137,22 @@ class QLoRA(LoRA):
         if refused:
             self._tell(refused, done)
 
+    def packer(self, model: nn.Module, family: ModelFamily) -> Callable[[str, nn.Linear], nn.Module]:
+        """Return what makes a quantised layer of the linear layer at a path of ``model``."""
+        quantizer = self.quantizer
+        return lambda path, linear: quantizer.quantize(linear)
+
     def _tell(self, refused: Mapping[str, str], done: int) -> None:
         """Name the layers that stay as they are; refuse if that is all of them."""
         first = next(iter(refused.values()))
         if not done:
             raise InjectionError(
-                f"QLoRA found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
+                f"{type(self).__name__} found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
                 "Use LoRA, which leaves the base as it is, or other settings"
             )
         names = ", ".join(sorted(refused)[:20]) + (", ..." if len(refused) > 20 else "")
         warnings.warn(
-            f"QLoRA leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
+            f"{type(self).__name__} leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
             "Name them in skip= to say that this is wanted",
             LightningPEFTWarning,
             stacklevel=3,
@@ -166,10 +173,10 @@ class QLoRA(LoRA):
             size = getattr(state, "blocksize", None)
             if size and module.weight.device.type == "cpu" and state.shape[-1] % size:
                 misread.append(path)
-        found = {_kind(module) or self.quantization for module in packed.values()}
+        found = {quantizer_name(module) or self.quantization for module in packed.values()}
         if self.quantization not in found:
             warnings.warn(
-                f"QLoRA with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
+                f"{type(self).__name__} with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
                 "already and stays as it is; load it unquantised, or name its quantization",
                 LightningPEFTWarning,
                 stacklevel=3,
@@ -184,35 +191,15 @@ class QLoRA(LoRA):
 
     @override
     def loaded_over(self, model: nn.Module) -> Method:
-        if _packed(model):
+        if packed_layers(model):
             return self
         return LoRA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRA)})
 
 
-def _packed(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the quantised layers of the base by path."""
-    return {path: module for path, held in base_modules(model) if _is_packed(module := unwrapped(held))}
-
-
-def _is_packed(module: nn.Module) -> bool:
-    if _MARK in vars(module):
-        return True
-    weight = module.weight if isinstance(module, nn.Linear) else None
-    return weight is not None and (not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None)
-
-
-def _kind(module: nn.Module) -> str | None:
-    """Return the name of the quantizer that a layer is from, where it can be known."""
-    if _MARK in vars(module):
-        return str(vars(module)[_MARK])
-    kind = getattr(module.weight, "quant_type", None)
-    return str(kind) if kind else "int8" if type(module).__name__ == "Linear8bitLt" else None
-
-
-def _quantized(quantizer: Quantizer, module: nn.Module | None) -> nn.Module:
-    if type(module) is not nn.Linear:  # a subclass may do more than multiply
+def _plain_linear(module: nn.Module | None) -> nn.Linear:
+    if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:  # a subclass may do more than multiply
         raise InjectionError(f"a {type(module).__name__} is not a plain nn.Linear")
-    return quantizer.quantize(module)
+    return module
 
 
 def _places(model: nn.Module, paths: set[str]) -> dict[str, list[tuple[nn.Module, str]]]:
