@@ -98,10 +98,10 @@ class LoftQ(QLoRA):
             TargetError: a target of ``skip`` matches nothing.
             InjectionError: the base is quantised already, but not by LoftQ; or as :meth:`QLoRA.prepare`.
         """
-        bare = [path for path, module in packed_layers(model).items() if _factors(module) is None]
-        if bare:
+        packed = packed_layers(model)
+        if packed and not any(_factors(module) for module in packed.values()):
             raise InjectionError(
-                f"LoftQ starts from what quantising takes away, but {bare[0]!r} is quantised already and its full weight is gone; "
+                f"LoftQ starts from what quantising takes away, but {min(packed)!r} is quantised already and its full weight is gone; "
                 "load the base in 16 or 32 bit, or use QLoRA"
             )
         super().prepare(model)
