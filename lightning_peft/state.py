@@ -118,11 +118,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
             for target in injection.targets
         },
-        "base": {
-            "name_or_path": base_name(model),
-            "class": type(model).__name__,
-            **fp.to_json(model, packed=injection.method.exact_packed_base),
-        },
+        "base": _base(model, injection),
         "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         "versions": {
             "python": platform.python_version(),
@@ -132,6 +128,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     for file, content in {**files, OWN_CONFIG: to_json_bytes(own)}.items():
         write_file(folder / file, content)
     return folder
+
+
+def _base(model: nn.Module, injection: Injection) -> dict[str, Any]:
+    described = fp.to_json(model, packed=injection.method.exact_packed_base)
+    return {"name_or_path": base_name(model), "class": type(model).__name__, **described}
 
 
 def base_name(model: nn.Module) -> str | None:
