@@ -48,9 +48,12 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.dora import DoRA as DoRA
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
+    from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
+    from lightning_peft.plugins.olora import OLoRA as OLoRA
+    from lightning_peft.plugins.pissa import PiSSA as PiSSA
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
@@ -90,15 +93,18 @@ _HOME = {
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
+    "LoftQ": "plugins.loftq",
     "Method": "interfaces",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
     "NormTuning": "plugins.norm_tuning",
+    "OLoRA": "plugins.olora",
     "PEFTCLI": "cli",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
+    "PiSSA": "plugins.pissa",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, base_parameters, unwrapped
+from lightning_peft.quantized_layers import packed_layers
 
 SAMPLES = 16
 """Elements taken from each parameter."""
@@ -83,10 +84,32 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, tensor in _base_tensors(model) if not tensor.is_floating_point())
 
 
-def to_json(model: nn.Module) -> dict[str, Any]:
+def packed_digests(model: nn.Module) -> dict[str, str]:
+    """Return a hash of the packed weight and the scales of every quantised linear layer of the base, by path."""
+    found = {}
+    for path, module in packed_layers(model).items():
+        state = module.state_dict()  # the scales are no parameters, but they are here
+        digest = hashlib.sha256()
+        for key in sorted(key for key in state if key != "bias"):
+            value = state[key]
+            raw = (
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                if isinstance(value, Tensor)
+                else value
+            )
+            digest.update(key.encode() + b"=" + (raw.tobytes() if isinstance(value, Tensor) else repr(raw).encode()))
+        found[path] = digest.hexdigest()[:32]
+    return found
+
+
+def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     """Return the fingerprint of the base of an adapted ``model`` as it is stored.
 
     Parameters of the base that are trained are listed with the quantised ones: they are not compared.
+
+    Args:
+        model: the adapted model.
+        packed: whether to hash the packed weights too, which takes seconds for each gigabyte.
     """
     found = fingerprint(model)
     if found is None:
@@ -94,7 +117,8 @@ def to_json(model: nn.Module) -> dict[str, Any]:
     trained = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
     left_out = sorted(quantized_names(model) | trained)
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
-    return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out}
+    found_packed = {"packed": packed_digests(model)} if packed else {}
+    return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
 
 
 def _sample(tensor: Tensor) -> Tensor:

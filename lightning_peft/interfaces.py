@@ -199,6 +199,8 @@ class Method(_Named, ABC):
     """The method works over a base layer whose weights are quantised."""
     fsdp_ready: ClassVar[bool] = True
     """Adapters train under FSDP2's ``fully_shard`` as they do without."""
+    exact_packed_base: ClassVar[bool] = False
+    """The adapter belongs to the packed weights it was trained over, bit for bit: its folder names them and refuses others."""
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,18 +153,21 @@ class LowRankLinear(LowRankAdapter):
             x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
             weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
             y = F.linear(x2, weight, base.bias)  # type: ignore[attr-defined]  # (tokens, out)
-            # The output is fresh here, so the update can go into it.
-            y = self._update(x2, y, in_place=True)
+            y = self._update(x2, y, in_place=True)  # the output is fresh here, so the update can go into it
             return self.add_bias(y).view(*x.shape[:-1], self.out_features)
         y = base(x)
         y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, self.out_features), in_place=False).view(y.shape)
         return self.add_bias(y)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (k * rank, in) and B (rank, features of all slices) of the update ``s B A``: what acts and what a file holds."""
+        return self.lora_A, self.lora_B
+
     def _update(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        A, B, x = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype), x.to(y.dtype)
+        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
             if in_place:
@@ -179,41 +182,48 @@ class LowRankLinear(LowRankAdapter):
             view.add_((rows.t() @ columns).view(view.shape), alpha=self.scaling)
         return y
 
-    def _dense_up(self) -> Tensor:
-        """B as the file holds it: (out, k * rank), zero where a slice's own columns do not reach its features."""
+    def _dense(self, up: Tensor) -> Tensor:
+        """Return B as the file holds it: (out, k * rank), zero where a slice's own columns do not reach its features."""
         if not self.slices:
-            return self.lora_B.t()
-        dense = torch.zeros(self.file_rank, self.out_features, dtype=self.lora_B.dtype, device=self.lora_B.device)
-        for index, (part, block) in enumerate(zip(self.slices, self._blocks(self.lora_B), strict=True)):
-            view = part.view(dense[index * self.rank : (index + 1) * self.rank])
-            view.copy_(block.reshape(view.shape))
+            return up.t()
+        dense = torch.zeros(self.file_rank, self.out_features, dtype=up.dtype, device=up.device)
+        for rows, part, block in self._blocks(dense, up):
+            part.view(rows).copy_(block.reshape(part.view(rows).shape))
         return dense.t()
 
-    def _blocks(self, up: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(up, [part.features for part in self.slices], dim=1)
+    def _narrow(self, dense: Tensor) -> Tensor:
+        """Return B (rank, features of all slices) from what the file holds."""
+        if not self.slices:
+            return dense.t()
+        B = dense.new_empty(self.rank, self.lora_B.shape[1])
+        for rows, part, block in self._blocks(dense.t(), B):
+            block.copy_(part.view(rows).reshape(block.shape))
+        if not torch.equal(self._dense(B), dense):
+            raise AdapterConfigError("lora_B.weight has values outside the slices it adapts; load it without slices")
+        return B
+
+    def _blocks(self, dense: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Slice, Tensor]]:
+        """Yield, slice by slice, its rows of ``dense`` (rank, out), the slice, and its columns of ``up``."""
+        blocks = torch.split(up, [part.features for part in self.slices], dim=1)
+        yield from zip(torch.split(dense, self.rank), self.slices, blocks, strict=True)
 
     @override
     def disk_tensors(self) -> dict[str, Tensor]:
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self._dense_up().detach(), **self.bias_tensors()}
+        A, B = self.factors()
+        return {"lora_A.weight": A, "lora_B.weight": self._dense(B.detach()), **self.bias_tensors()}
 
     @override
     @torch.no_grad()
     def import_state(self, state: Mapping[str, Tensor]) -> None:
-        if not self.slices:
-            super().import_state(state)
-            return
         self.lora_A.copy_(state["lora_A.weight"])
-        dense = state["lora_B.weight"].t()  # (k * rank, out)
-        for index, (part, block) in enumerate(zip(self.slices, self._blocks(self.lora_B), strict=True)):
-            block.copy_(part.view(dense[index * self.rank : (index + 1) * self.rank]).reshape(block.shape))
-        if not torch.equal(self._dense_up().to(dense), dense.t()):
-            raise AdapterConfigError("lora_B.weight has values outside the slices it adapts; load it without slices")
+        self.lora_B.copy_(self._narrow(state["lora_B.weight"]))
         if self.bias is not None:
             self.bias.copy_(state["base_layer.bias"])
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        delta = self.scaling * (self._dense_up().detach() @ self.lora_A.detach())  # (out, in)
+        A, B = (factor.detach() for factor in self.factors())
+        delta = self.scaling * (self._dense(B) @ A)  # (out, in)
         return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
 
 

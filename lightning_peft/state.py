@@ -119,7 +119,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
             for target in injection.targets
         },
-        "base": {"name_or_path": base_name(model), "class": type(model).__name__, **fp.to_json(model)},
+        "base": _base(model, injection),
         "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         "versions": {
             "python": platform.python_version(),
@@ -129,6 +129,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     for file, content in {**files, OWN_CONFIG: to_json_bytes(own)}.items():
         write_file(folder / file, content)
     return folder
+
+
+def _base(model: nn.Module, injection: Injection) -> dict[str, Any]:
+    described = fp.to_json(model, packed=injection.method.exact_packed_base)
+    return {"name_or_path": base_name(model), "class": type(model).__name__, **described}
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -204,6 +209,8 @@ def load_adapter(
             raise AdapterMismatchError(
                 f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
             )
+        if check_base and folder.own is not None and folder.method.exact_packed_base:
+            _check_packed(model, folder)
         tensors = _without_base_copies(model, folder, tensors)
         for place, adapter in adapters_named(model, name).items():
             adapter.fit_to(_shapes_at(place, tensors))
@@ -256,6 +263,19 @@ def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
             f"{str(folder.path)!r} was trained on the base {base.get('name_or_path') or base.get('class')!r} with fingerprint {stored.digest}, but "
             f"this {type(model).__name__} has fingerprint {here.digest}: {len(different)} of {len(stored.tensors)} parameters differ, first "
             f"{different[0]!r}. Load the right base, or pass check_base=False if you know what you do"
+        )
+
+
+def _check_packed(model: nn.Module, folder: AdapterFolder) -> None:
+    """Compare the packed weights of the base, now that the method has prepared it, with those the adapter was trained over."""
+    stored = ((folder.own or {}).get("base") or {}).get("packed") or {}
+    here = fp.packed_digests(model)
+    different = sorted(path for path in stored.keys() | here.keys() if stored.get(path) != here.get(path))
+    if different:
+        raise BaseMismatchError(
+            f"{str(folder.path)!r} was trained over packed weights that are not those of this {type(model).__name__}: {len(different)} of "
+            f"{len(stored)} layers differ, first {different[0]!r}. Quantise the same weights with the same settings on the same kind of "
+            "device, or pass check_base=False to load it all the same"
         )
 
 

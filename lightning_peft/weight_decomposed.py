@@ -38,7 +38,7 @@ class _WeightDecomposed(LowRankAdapter):
 
     def __init__(self, settings: LowRankSettings, module: Any, dense: Callable[[nn.Module], Tensor]) -> None:
         super().__init__(settings, module)
-        self._dense = dense
+        self._unpacked = dense
         self.lora_magnitude_vector = self.new(self.matrices()[1].shape[0])
 
     @abstractmethod
@@ -65,7 +65,7 @@ class _WeightDecomposed(LowRankAdapter):
     @torch.no_grad()
     def norms(self, base_layer: nn.Module) -> Tensor:
         """Return ``||W + s B A||`` of each output feature (out,), rounded as the magnitudes are. Without gradients."""
-        W = self.rows(self._dense(base_layer))  # (out, inputs)
+        W = self.rows(self._unpacked(base_layer))  # (out, inputs)
         wide = torch.promote_types(torch.float32, W.dtype)
         A, B = self.matrices()
         with torch.autocast(W.device.type if W.device.type != "meta" else "cpu", enabled=False):
@@ -105,7 +105,7 @@ class _WeightDecomposed(LowRankAdapter):
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
         weight = base_layer.get_parameter("weight").detach()
-        if self._dense(base_layer).shape != weight.shape:
+        if self._unpacked(base_layer).shape != weight.shape:
             raise MergeError(
                 f"the weight of {type(base_layer).__name__} is packed as {weight.dtype}: a quantised base cannot be merged into; "
                 "load the base in 16 or 32 bit and merge there"

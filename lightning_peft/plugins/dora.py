@@ -25,7 +25,8 @@ from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.low_rank import CONVOLUTIONS, BiasAdapter
 from lightning_peft.plugins.lora import LoRA
-from lightning_peft.unpacking import dense_weight
+from lightning_peft.quantized_layers import unpacked_weight
+from lightning_peft.targets import is_fused_experts
 from lightning_peft.weight_decomposed import WeightDecomposedConv, WeightDecomposedEmbedding, WeightDecomposedLinear
 
 
@@ -43,11 +44,13 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
+    ties: ClassVar[bool] = False
     composable: ClassVar[bool] = False
 
     @override
     def supports(self, module: nn.Module) -> bool:
-        return not isinstance(module, nn.MultiheadAttention) and super().supports(module)
+        odd = isinstance(module, nn.MultiheadAttention) or is_fused_experts(module)
+        return not odd and super().supports(module)
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
@@ -60,13 +63,13 @@ class DoRA(LoRA):
         plain = super().adapter(module, target)
         if isinstance(plain, BiasAdapter):
             return plain
-        dense_weight(module)  # refuses weights that nobody can unpack
-        settings = self.settings()
+        unpacked_weight(module)  # refuses weights that nobody can unpack
+        settings = self.settings
         if isinstance(module, nn.Embedding):
-            return WeightDecomposedEmbedding(settings, module, dense_weight)
+            return WeightDecomposedEmbedding(settings, module, unpacked_weight)
         if isinstance(module, tuple(CONVOLUTIONS)):
-            return WeightDecomposedConv(settings, module, dense_weight)
-        return WeightDecomposedLinear(settings, module, dense_weight)
+            return WeightDecomposedConv(settings, module, unpacked_weight)
+        return WeightDecomposedLinear(settings, module, unpacked_weight)
 
     @override
     def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class LoRA(Method):
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LORA"
+    ties: ClassVar[bool] = True
+    """Whether the adapters of one weight may share their tensors; a descendant with arithmetic of its own says no."""
 
     rank: int = 8
     """Rank of the update, r in the paper."""
@@ -115,19 +117,22 @@ class LoRA(Method):
             "init": ("kaiming", "gaussian"),
             "bias": ("none", "all", "lora_only"),
             "dtype": ("float32", "base"),
-            "tied": ("one", "both", "error"),
+            "tied": ("one", "both", "error") if self.ties else ("one", "error"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"LoRA {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"{type(self).__name__} {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
     @property
     def scaling(self) -> float:
         """The factor s of the update."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
     def settings(self) -> LowRankSettings:
-        """Return what an adapter needs to know of this method."""
+        """The fields that an adapter needs."""
         return LowRankSettings(
             rank=self.rank,
             scaling=self.scaling,
@@ -136,6 +141,10 @@ class LoRA(Method):
             bias=self.bias != "none",
             dtype=self.dtype,
         )
+
+    def linear_adapter(self, module: nn.Module, target: Target) -> LowRankAdapter:
+        """Make the adapter for a linear layer or a ``Conv1D``; descendants put their own arithmetic here."""
+        return LowRankLinear(self.settings, module, target.slices)
 
     @override
     def supports(self, module: nn.Module) -> bool:
@@ -149,7 +158,7 @@ class LoRA(Method):
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
-        settings = self.settings()
+        settings = self.settings
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)
         if target.rule == TIED_RULE:
@@ -162,7 +171,7 @@ class LoRA(Method):
             return LowRankEmbedding(settings, module)
         if isinstance(module, tuple(CONVOLUTIONS)):
             return LowRankConv(settings, module)
-        return LowRankLinear(settings, module, target.slices)
+        return self.linear_adapter(module, target)
 
     @override
     def patterns(self) -> Mapping[str, Mapping[str, Any]]:

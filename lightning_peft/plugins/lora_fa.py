@@ -39,6 +39,7 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora_fa"
+    ties: ClassVar[bool] = False
 
     @override
     def supports(self, module: nn.Module) -> bool:

@@ -7,15 +7,15 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (arXiv:23
     x ──┬── dequantised(W) (4 bits) ───(+)── y        A: (rank, in)   random, float32
         └── A ── B ── s ────────────────┘             B: (out, rank)  zero, float32
 
-:meth:`QLoRA.prepare` quantises the base, one layer after the other. Everything else is LoRA's: the one method here that
-builds on another. Its files are LoRA's too, so HF PEFT reads them, and over a base in 16 or 32 bit they are a LoRA adapter.
+:meth:`QLoRA.prepare` quantises the base, one layer after the other. Everything else is LoRA's.
+Its files are LoRA's too, so HF PEFT reads them, and over a base in 16 or 32 bit they are a LoRA adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,15 +24,15 @@ from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, LightningPEFTWarning
+from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Quantizer
 from lightning_peft.layer_preparation import LayerPreparation, prepare_layers
 from lightning_peft.plugins.lora import LoRA
+from lightning_peft.quantized_layers import mark_packed, packed_layers, quantizer_name
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import Targets, is_fused_experts, is_linear, matches, resolve_targets
 
-_MARK = "_lightning_peft_quantized_as"
-"""Attribute of a layer that was quantised here: the name of the quantizer."""
 _SETTINGS = ("block_size", "double_quantization", "compute_dtype", "threshold")
 
 
@@ -90,7 +90,7 @@ class QLoRA(LoRA):
         for key in given:
             if key not in known:
                 raise ConfigError(
-                    f"QLoRA {key}={given[key]!r} was given, but the quantizer {self.quantization!r} has no such setting; "
+                    f"{type(self).__name__} {key}={given[key]!r} was given, but the quantizer {self.quantization!r} has no such setting; "
                     f"leave it out. It has: {', '.join(sorted(known)) or 'none'}"
                 )
         return kind(**given)
@@ -112,11 +112,13 @@ class QLoRA(LoRA):
             InjectionError: no layer can be quantised, an adapter is merged into the base, or the base was quantised
                 elsewhere and repacked for inference.
         """
-        if packed := _packed(model):
+        if packed := packed_layers(model):
             self._adopt(packed)
             return
         if any(layer.merged for layer in adapter_layers(model).values()):
-            raise InjectionError("QLoRA cannot quantise a base that an adapter is merged into; unmerge_adapters first")
+            raise InjectionError(
+                f"{type(self).__name__} cannot quantise a base that an adapter is merged into; unmerge_adapters first"
+            )
         quantization = self._quantization(model)
         prepare_layers(model, quantization)
         quantization.finish()
@@ -125,11 +127,11 @@ class QLoRA(LoRA):
     def layer_preparation(self, model: nn.Module) -> LayerPreparation | None:
         if type(self).prepare is not QLoRA.prepare:  # an heir that needs the weights as they are
             return None
-        return None if _packed(model) else self._quantization(model)
+        return None if packed_layers(model) else self._quantization(model)
 
     def _quantization(self, model: nn.Module) -> Quantization:
         family = get_registry().resolve_family(model)
-        found = resolve_targets(model, self._spec(), family, supports=is_linear, method="QLoRA")
+        found = resolve_targets(model, self._spec(), family, supports=is_linear, method=type(self).__name__)
         skipped = {path for word in self.skip for path in matches(word, model, family)}
         experts = [
             path for path, module in base_modules(model) if is_fused_experts(unwrapped(module)) and path not in skipped
@@ -141,7 +143,12 @@ class QLoRA(LoRA):
                 LightningPEFTWarning,
                 stacklevel=5,
             )
-        return Quantization(self, {target.path for target in found})
+        return Quantization(self, {target.path for target in found}, self.packer(model, family))
+
+    def packer(self, model: nn.Module, family: ModelFamily) -> Callable[[str, nn.Linear], nn.Module]:
+        """Return what makes a quantised layer of the linear layer at a path of ``model``."""
+        quantizer = self.quantizer
+        return lambda path, linear: quantizer.quantize(linear)
 
     def _adopt(self, packed: Mapping[str, nn.Module]) -> None:
         """Take a base that is quantised already, if it can be trained over."""
@@ -158,10 +165,10 @@ class QLoRA(LoRA):
             size = getattr(state, "blocksize", None)
             if size and module.weight.device.type == "cpu" and state.shape[-1] % size:
                 misread.append(path)
-        found = {_kind(module) or self.quantization for module in packed.values()}
+        found = {quantizer_name(module) or self.quantization for module in packed.values()}
         if self.quantization not in found:
             warnings.warn(
-                f"QLoRA with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
+                f"{type(self).__name__} with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
                 "already and stays as it is; load it unquantised, or name its quantization",
                 LightningPEFTWarning,
                 stacklevel=3,
@@ -176,7 +183,7 @@ class QLoRA(LoRA):
 
     @override
     def loaded_over(self, model: nn.Module) -> Method:
-        if _packed(model):
+        if packed_layers(model):
             return self
         return LoRA(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LoRA)})
 
@@ -185,24 +192,25 @@ class Quantization(LayerPreparation):
     """The linear layers of one base, quantised one by one.
 
     Args:
-        method: with the quantizer.
+        method: says the name of the quantizer.
         paths: the layers.
+        packer: makes the quantised layer of the linear layer at a path.
     """
 
-    def __init__(self, method: QLoRA, paths: Set[str]) -> None:
+    def __init__(self, method: QLoRA, paths: Set[str], packer: Callable[[str, nn.Linear], nn.Module]) -> None:
         super().__init__(paths)
-        self.quantizer, self.name = method.quantizer, method.quantization
+        self.packer, self.name, self.whose = packer, method.quantization, type(method).__name__
         self.refused: dict[str, str] = {}
         self.done = 0
 
     @override
     def replacement(self, path: str, layer: nn.Module) -> nn.Module:
         try:
-            packed = _quantized(self.quantizer, layer)
+            packed = self.packer(path, _plain_linear(layer))
         except InjectionError as error:
             self.refused[path] = str(error)
             return layer
-        vars(packed)[_MARK] = self.name
+        mark_packed(packed, self.name)
         self.done += 1
         return packed
 
@@ -215,42 +223,22 @@ class Quantization(LayerPreparation):
         first = next(iter(refused.values()))
         if not done:
             raise InjectionError(
-                f"QLoRA found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
+                f"{self.whose} found no layer to quantise among {len(refused)} linear layers, such as {min(refused)!r}: {first}. "
                 "Use LoRA, which leaves the base as it is, or other settings"
             )
         names = ", ".join(sorted(refused)[:20]) + (", ..." if len(refused) > 20 else "")
         warnings.warn(
-            f"QLoRA leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
+            f"{self.whose} leaves {len(refused)} of {len(refused) + done} linear layers unquantised: {names}. The first: {first}. "
             "Name them in skip= to say that this is wanted",
             LightningPEFTWarning,
             stacklevel=3,
         )
 
 
-def _packed(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the quantised layers of the base by path."""
-    return {path: module for path, held in base_modules(model) if _is_packed(module := unwrapped(held))}
-
-
-def _is_packed(module: nn.Module) -> bool:
-    if _MARK in vars(module):
-        return True
-    weight = module.weight if isinstance(module, nn.Linear) else None
-    return weight is not None and (not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None)
-
-
-def _kind(module: nn.Module) -> str | None:
-    """Return the name of the quantizer that a layer is from, where it can be known."""
-    if _MARK in vars(module):
-        return str(vars(module)[_MARK])
-    kind = getattr(module.weight, "quant_type", None)
-    return str(kind) if kind else "int8" if type(module).__name__ == "Linear8bitLt" else None
-
-
-def _quantized(quantizer: Quantizer, module: nn.Module) -> nn.Module:
-    if type(module) is not nn.Linear:  # a subclass may do more than multiply
+def _plain_linear(module: nn.Module | None) -> nn.Linear:
+    if not isinstance(module, nn.Linear) or type(module) is not nn.Linear:  # a subclass may do more than multiply
         raise InjectionError(f"a {type(module).__name__} is not a plain nn.Linear")
-    return quantizer.quantize(module)
+    return module
 
 
 @hookimpl

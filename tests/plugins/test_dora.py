@@ -29,9 +29,9 @@ from lightning_peft import (
 )
 from lightning_peft.errors import AdapterConfigError, InjectionError, MergeError, PluginConflictError, TargetError
 from lightning_peft.hookspecs import hookimpl
+from lightning_peft.quantized_layers import unpacked_weight
 from lightning_peft.registry import Registry
 from lightning_peft.testing import MethodConformance, tiny_gpt2, tiny_llama, token_batch
-from lightning_peft.unpacking import dense_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 
@@ -328,9 +328,9 @@ def test_each_quantizer_knows_its_own_layers():
     for kind in get_registry().quantizers.values():
         packed = kind().quantize(plain)
         assert [other.name for other in get_registry().quantizers.values() if other.packs(packed)] == [kind.name]
-        assert torch.equal(dense_weight(packed), kind().dequantized(packed))
+        assert torch.equal(unpacked_weight(packed), kind().dequantized(packed))
         assert not kind.packs(plain)
-    assert dense_weight(plain) is plain.weight
+    assert unpacked_weight(plain) is plain.weight
     assert not Quantizer.packs(plain)
 
 

@@ -1,0 +1,82 @@
+"""Linear layers whose weights are packed in few bits: which they are, which quantizer made them, what their weights stand for.
+
+Layers come from a :class:`~lightning_peft.interfaces.Quantizer`, which marks them, or from transformers, which takes those
+of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.errors import TargetError
+from lightning_peft.registry import get_registry
+from lightning_peft.targets import is_conv1d_linear
+
+_MARK = "_lightning_peft_quantized_as"
+"""Attribute of a layer that was quantised here: the name of the quantizer."""
+
+
+def mark_packed(module: nn.Module, quantizer: str) -> None:
+    """Note on ``module`` that the quantizer of that name made it."""
+    vars(module)[_MARK] = quantizer
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a quantised linear layer."""
+    if _MARK in vars(module):
+        return True
+    weight = module.weight if isinstance(module, nn.Linear) else None
+    return weight is not None and (not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None)
+
+
+def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the quantised layers of the base of ``model`` by path."""
+    return {path: module for path, held in base_modules(model) if is_packed(module := unwrapped(held))}
+
+
+def quantizer_name(module: nn.Module) -> str | None:
+    """Return the name of the quantizer that a quantised layer is from, where it can be known."""
+    if _MARK in vars(module):
+        return str(vars(module)[_MARK])
+    kind = getattr(module.weight, "quant_type", None)
+    return str(kind) if kind else "int8" if type(module).__name__ == "Linear8bitLt" else None
+
+
+def unpacked_weight(module: nn.Module) -> Tensor:
+    """Return the weight of ``module``: the parameter itself, or what a registered quantizer unpacks it to.
+
+    Raises:
+        TargetError: the weight is packed in a way that no registered quantizer knows.
+
+    Example:
+        >>> import torch
+        >>> from lightning_peft import NF4
+        >>> packed = NF4().quantize(torch.nn.Linear(64, 32))
+        >>> packed.weight.shape, unpacked_weight(packed).shape
+        (torch.Size([1024, 1]), torch.Size([32, 64]))
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
+        return weight
+    quantizers = get_registry().quantizers
+    marked = quantizers.get(vars(module).get(_MARK, ""))
+    for quantizer in [marked] if marked else quantizers.values():
+        if marked or quantizer.packs(module):
+            return quantizer().dequantized(module)
+    raise TargetError(
+        f"the dense weight of a {type(module).__name__} was asked for, but it is packed as {weight.dtype} and none of the registered "
+        f"quantizers ({', '.join(sorted(quantizers))}) unpacks it; load the base in 16 or 32 bit"
+    )
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a linear layer, quantised or not, or of a ``Conv1D`` as (out, in), in at least float32.
+
+    Raises:
+        TargetError: the layer is quantised by nobody whom the registry knows.
+    """
+    weight = unpacked_weight(module).detach()
+    weight = weight.t() if is_conv1d_linear(module) else weight
+    return weight if weight.element_size() > 2 else weight.float()
