@@ -217,8 +217,9 @@ class LowRankLinear(LowRankAdapter):
     def import_state(self, state: Mapping[str, Tensor]) -> None:
         self.lora_A.copy_(state["lora_A.weight"])
         self.lora_B.copy_(self._narrow(state["lora_B.weight"]))
-        if self.bias is not None:
-            self.bias.copy_(state["base_layer.bias"])
+        for key, tensor in self.disk_tensors().items():
+            if key not in ("lora_A.weight", "lora_B.weight"):
+                tensor.copy_(state[key])
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:

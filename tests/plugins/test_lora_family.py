@@ -2,8 +2,9 @@
 
 import pytest
 
-from lightning_peft import LoRA, get_registry, inject
+from lightning_peft import LoRA, adapter_layers, get_registry, inject
 from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.low_rank_experts import LowRankExperts
 from lightning_peft.testing import tiny_llama
 
 FAMILY = {
@@ -40,10 +41,18 @@ def test_shared_weights_cannot_share_an_adapter(method):
         method(tied="both")
 
 
+@pytest.mark.filterwarnings("ignore:.* leaves 1 modules of fused experts")
 @pytest.mark.parametrize("method", OWN_ARITHMETIC.values(), ids=OWN_ARITHMETIC)
-def test_fused_experts_are_refused_by_name(method):
+def test_fused_experts_are_refused_by_name_or_adapted_as_loras(method):
+    model = tiny_mixtral()
+    (path,) = [path for path, module in model.named_modules() if type(module).__name__ == "MixtralExperts"]
+    if method().supports(model.get_submodule(path)):
+        inject(model, method(), ["experts"])
+        (adapter,) = adapter_layers(model)[path].adapters.values()
+        assert type(adapter) is LowRankExperts
+        return
     with pytest.raises(TargetError, match=rf"MixtralExperts.* {method.__name__} cannot adapt"):
-        inject(tiny_mixtral(), method(), ["experts"])
+        inject(model, method(), ["experts"])
 
 
 @pytest.mark.parametrize("method", FAMILY.values(), ids=FAMILY)
