@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
+    from lightning_peft.plugins.prefix_tuning import PrefixTuning as PrefixTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
@@ -93,6 +94,7 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
+    "PrefixTuning": "plugins.prefix_tuning",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",
