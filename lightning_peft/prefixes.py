@@ -77,13 +77,14 @@ class PrefixPositions(Adapter):
         # nn.Embedding calls them `input`.
         self.argument = names.index("position_ids") if "position_ids" in names else 0
         self.name = names[self.argument]
-        # What padding has instead of a position stays: -1 in OPT, the index of padding in RoBERTa.
-        learned = isinstance(module, nn.Embedding)
-        self.padding = module.padding_idx if learned and self.name != "position_ids" else -1
+        # What padding has instead of a position, and keeps: -1 in OPT, the index of padding in RoBERTa.
+        self.padding: int | None = None
+        if isinstance(module, nn.Embedding):
+            self.padding = -1 if self.name == "position_ids" else module.padding_idx
         if hidden_size:
-            width = module.embedding_dim if learned else module.config.hidden_size  # type: ignore[union-attr]
-            self.tokens = _empty(module, num_virtual_tokens, width)  # type: ignore[arg-type]
-            self.weight = _empty(module, hidden_size, width)  # type: ignore[arg-type]
+            width: Any = getattr(module, "embedding_dim", None) or module.config.hidden_size  # type: ignore[union-attr]
+            self.tokens = _empty(module, num_virtual_tokens, width)
+            self.weight = _empty(module, hidden_size, width)
             self.bias = _empty(module, hidden_size)
 
     @override
@@ -113,7 +114,7 @@ class PrefixPositions(Adapter):
         """Return positions (batch, length) behind the prefix."""
         if self.padding is None:
             return positions + self.num_virtual_tokens
-        return torch.where(positions == self.padding, positions, positions + self.num_virtual_tokens)
+        return torch.where(positions.eq(self.padding), positions, positions + self.num_virtual_tokens)
 
     @override
     def disk_tensors(self) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ class PrefixTuning(Method):
     """Train the prefixes as the output of one network for all layers; an adapter folder holds the prefixes alone."""
     hidden_size: int = 512
     """Width of the hidden layer of that network."""
-    init_std: float = 0.02
+    init_std: float = 0.1
     """Standard deviation of the first prefixes, where there is no network."""
 
     def __post_init__(self) -> None:
