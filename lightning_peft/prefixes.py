@@ -167,7 +167,8 @@ class PrefixAttention(Adapter):
         if not self._shared:
             return self.prefix
         with torch.autocast(self.weight.device.type, enabled=False):  # as precise as what a file holds
-            return F.linear(self._shared[0].features(), self.weight, self.bias).view(self.shape)
+            features = self._shared[0].features().to(self.weight.device)
+            return F.linear(features, self.weight, self.bias).view(self.shape)
 
     @override
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +205,11 @@ class PrefixAttention(Adapter):
             trained = self.weight.requires_grad
             self._parameters.clear()
             self.prefix = nn.Parameter(prefix, requires_grad=trained)
+
+    @override
+    def import_state(self, state: Mapping[str, Tensor]) -> None:
+        self.fit_to({key: tuple(tensor.shape) for key, tensor in state.items()})
+        super().import_state(state)
 
 
 class _PrefixedCache:

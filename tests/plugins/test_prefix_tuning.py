@@ -1,6 +1,9 @@
 """Prefix tuning equals a cache that holds the prefix, and HF PEFT; in generation, under padding and in every family it knows."""
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
@@ -339,6 +342,34 @@ def test_hf_peft_loads_what_is_saved_and_gives_the_same_logits(kind, padding, tm
         assert torch.equal(generate(theirs, inputs, use_cache=True), generate(model, inputs, use_cache=True))
 
 
+def test_the_folder_has_the_keys_and_the_layout_of_hf_peft(tmp_path):
+    model = tiny_llama()
+    inject(model, METHOD)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "revision": None,
+        "inference_mode": True,
+        "num_virtual_tokens": TOKENS,
+        "token_dim": 32,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": 32,
+        "prefix_projection": False,
+    }
+    held = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    assert set(held) == {"prompt_embeddings"}
+    seen = (
+        held["prompt_embeddings"].view(TOKENS, 4, 2, 16).permute(1, 2, 0, 3)
+    )  # (key, value of each layer; heads, ...)
+    for layer, prefix in enumerate(states(model)):
+        assert torch.equal(seen[2 * layer], prefix[:, 0].transpose(0, 1))
+        assert torch.equal(seen[2 * layer + 1], prefix[:, 1].transpose(0, 1))
+
+
 @pytest.mark.parametrize("projection", [False, True])
 @HF_MODELS
 def test_what_hf_peft_writes_loads_here(kind, projection, tmp_path):
@@ -494,6 +525,23 @@ def test_a_part_of_the_layers_is_refused():
         TargetError, match=r"adapt 1 of the 2 attention modules of LlamaForCausalLM, without 'model.layers.0"
     ):
         inject(tiny_llama(), METHOD, Targets(include=["attention"], layers=[1]))
+
+
+def test_several_stacks_of_layers_are_refused():
+    two = torch.nn.ModuleDict({"one": tiny_llama(), "two": tiny_llama()})
+    with pytest.raises(
+        TargetError, match=r"takes the positions of all layers in ModuleDict, found \['one.model.rotary_emb', 'two"
+    ):
+        inject(two, METHOD, family="llama")
+
+
+def test_a_network_takes_the_values_of_a_prefix():
+    one, other = tiny_llama(), tiny_llama()
+    inject(one, METHOD)
+    inject(other, PrefixTuning(num_virtual_tokens=TOKENS, reparametrize=True, hidden_size=8))
+    for path, prefix in adapter_state_dict(one).items():
+        adapter_layers(other)[path.removesuffix(".prefix")].adapters["default"].import_state({"prefix": prefix})
+    assert torch.equal(logits(other, token_batch()), logits(one, token_batch()))
 
 
 def test_a_prefix_that_fills_all_positions_is_refused():
