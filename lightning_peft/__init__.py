@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
+    from lightning_peft.plugins.prefix_tuning import PrefixTuning as PrefixTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
@@ -105,6 +106,7 @@ _HOME = {
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
     "PiSSA": "plugins.pissa",
+    "PrefixTuning": "plugins.prefix_tuning",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",

@@ -284,7 +284,7 @@ class Method(_Named, ABC):
     def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         """Return the fields of HF PEFT's ``adapter_config.json`` beyond ``peft_type`` and ``target_modules``.
 
-        ``adapters`` maps module paths to the adapters that are saved.
+        ``adapters`` maps module paths to the adapters that are saved. ``target_modules`` is left out where this says None.
         """
         raise NotImplementedError(f"{type(self).__name__} declares peft_type and must implement to_hf_config")
 

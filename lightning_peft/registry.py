@@ -45,6 +45,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.compacter",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
+    "lightning_peft.plugins.prefix_tuning",
     "lightning_peft.plugins.top_layers",
     "lightning_peft.plugins.full",
     "lightning_peft.plugins.quantizers",

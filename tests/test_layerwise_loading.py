@@ -109,6 +109,7 @@ def test_a_sharded_base_is_what_load_and_prepare_give(method, dtype, tmp_path):
     assert_same(*both(tmp_path, method, dtype=dtype))
 
 
+@pytest.mark.filterwarnings("ignore:QLoRA leaves .* modules of fused experts")
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -138,6 +139,7 @@ def test_other_kinds_of_models_too(kind, settings, tmp_path, monkeypatch):
         assert torch.equal(reference.eval()(**batch).logits, loaded.eval()(**batch).logits)
 
 
+@pytest.mark.filterwarnings("ignore:QLoRA leaves .* modules of fused experts")
 def test_a_checkpoint_of_experts_has_other_names_than_the_model(tmp_path):
     """Else the case above would not be about conversion."""
     AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **{**SMALL, **EXPERTS})).save_pretrained(tmp_path)
