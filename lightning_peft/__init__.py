@@ -41,12 +41,15 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
+    from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
+    from lightning_peft.plugins.adalora import allocated_ranks as allocated_ranks
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "AdaLoRA": "plugins.adalora",
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
@@ -84,6 +88,7 @@ _HOME = {
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
+    "LoRAPlus": "plugins.lora_plus",
     "Method": "interfaces",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
@@ -106,6 +111,7 @@ _HOME = {
     "adapter_names": "adapter_layer",
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
+    "allocated_ranks": "plugins.adalora",
     "delete_adapter": "surgery",
     "drop_adapters": "plugins.bottleneck",
     "get_registry": "registry",

@@ -35,6 +35,8 @@ from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
     "lightning_peft.plugins.qlora",
+    "lightning_peft.plugins.lora_plus",
+    "lightning_peft.plugins.adalora",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
