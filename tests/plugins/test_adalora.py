@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins import MixedPrecision
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
@@ -265,7 +266,7 @@ def test_what_hf_peft_writes_after_the_final_allocation_loads_here(kind, tmp_pat
 
 
 def test_a_place_without_any_rank_left_is_saved_and_loaded(tmp_path):
-    model, method, optimizer = pruned()
+    model, _, optimizer = pruned()
     adapter = adapters_named(model, "default")["model.layers.0.self_attn.q_proj"]
     with torch.no_grad():
         adapter.prune(torch.zeros_like(adapter.kept), optimizer)
@@ -460,6 +461,30 @@ def test_a_fit_without_an_end_is_refused(make_trainer, tmp_path):
 def test_a_fit_that_is_too_short_for_the_schedule_is_refused(make_trainer, tmp_path):
     with pytest.raises(ConfigError, match="initial_steps=1 and final_steps=2, which leaves none of 3 optimizer steps"):
         make_trainer(tmp_path, max_steps=3).fit(module(), DataLoader(rows(4), batch_size=1))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+def test_steps_that_overflow_in_fp16_leave_importance_finite(make_trainer, tmp_path):
+    overflowed = []
+
+    class Watched(AdaLoRA):
+        def after_optimizer_step(self, adapters, optimizer, step, total_steps):
+            (first, *_) = adapters.values()
+            finite = all(bool(p.grad.isfinite().all()) for a in adapters.values() for p in a.parameters())
+            before = first.importance_E.clone()
+            super().after_optimizer_step(adapters, optimizer, step, total_steps)
+            overflowed.append(not finite)
+            assert torch.equal(before, first.importance_E) != finite or step >= 6
+
+    tuned = module(Watched(init_rank=4, target_rank=1, initial_steps=1, final_steps=2))
+    # A first scale of the loss that is too large for half precision; every overflow makes it 2**-8 of that.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-8)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    make_trainer(tmp_path, max_steps=8, plugins=[precision]).fit(tuned, DataLoader(rows(8), batch_size=1))
+    assert overflowed[0] is True
+    assert overflowed[2:] == [False] * 6
+    assert sum(allocated_ranks(tuned.model).values()) == 2
+    assert all(bool(torch.isfinite(value).all()) for value in tuned.state_dict().values())
 
 
 class Own(PEFTMixin, LightningModule):
