@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
+    from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
+    from lightning_peft.plugins.adalora import allocated_ranks as allocated_ranks
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.compacter import Compacter as Compacter
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
+    from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "AdaLoRA": "plugins.adalora",
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
@@ -94,6 +98,7 @@ _HOME = {
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
+    "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
     "ModelFamily": "families",
@@ -120,6 +125,7 @@ _HOME = {
     "adapter_names": "adapter_layer",
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
+    "allocated_ranks": "plugins.adalora",
     "delete_adapter": "surgery",
     "drop_adapters": "activation",
     "get_registry": "registry",

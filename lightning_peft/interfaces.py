@@ -91,6 +91,8 @@ class Adapter(nn.Module, ABC):
 
     tied_parameters: frozenset[str] = frozenset()
     """Parameters of the adapted module that other modules share, and that this adapter and theirs train as one."""
+    lr_ratios: Mapping[str, float] = {}
+    """What :meth:`learning_rate_ratios` returns, where the method says it and not the kind of adapter."""
 
     @abstractmethod
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +104,7 @@ class Adapter(nn.Module, ABC):
 
     def learning_rate_ratios(self) -> Mapping[str, float]:
         """Return parameter name to the factor of its learning rate, for parameters where that is not one."""
-        return {}
+        return self.lr_ratios
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return a scalar that training adds to the loss, such as a penalty on the parameters; None for nothing."""

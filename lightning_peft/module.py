@@ -21,7 +21,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
 from lightning_peft.mixin import PEFTMixin
-from lightning_peft.optimization import parameter_groups, scale_learning_rates
+from lightning_peft.optimization import parameter_groups, scale_learning_rates, warn_of_lost_ratios
 from lightning_peft.state import load_adapter
 from lightning_peft.surgery import inject
 from lightning_peft.targets import Targets
@@ -277,6 +277,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        warn_of_lost_ratios(optimizer, scheduler)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
         if isinstance(scheduler, ReduceLROnPlateau):  # advances with a measurement, so once an epoch
             config |= {"interval": "epoch", "monitor": scheduler.monitor}

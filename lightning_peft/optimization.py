@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapter_layer import adapter_layers
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.interfaces import Adapter
 
 RATIO = "lr_ratio"
@@ -41,9 +42,37 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def scale_learning_rates(optimizer: Optimizer) -> None:
-    """Multiply the learning rate of each group by its ratio: call it once, on a fresh optimizer, before a scheduler is made."""
+    """Multiply the learning rate of each group by its ratio: call it once, on a fresh optimizer, before a scheduler is made.
+
+    Raises:
+        ConfigError: a ratio is asked for of an optimizer that finds its learning rate by itself.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["lr"] * group.get(RATIO, 1.0)
+        if RATIO not in group:
+            continue
+        if group.get("lr") is None:
+            raise ConfigError(
+                f"an adapter asks for {group[RATIO]:g} times the learning rate, but {type(optimizer).__name__} has none to multiply: "
+                "give it an lr, or use a method without ratios"
+            )
+        group["lr"] = group["lr"] * group[RATIO]
+
+
+def warn_of_lost_ratios(optimizer: Optimizer, scheduler: object) -> None:
+    """Warn if making ``scheduler`` gave the groups of ``optimizer`` learning rates of its own, other than their ratios ask for."""
+    groups = optimizer.param_groups
+    if not any(RATIO in group for group in groups):
+        return
+    usual = [float(group["lr"]) / group.get(RATIO, 1.0) for group in groups]
+    if max(usual) - min(usual) > 1e-6 * max(usual):
+        ratios = [group.get(RATIO, 1.0) for group in groups]
+        warnings.warn(
+            f"{type(scheduler).__name__} gives the {len(groups)} groups of parameters the learning rates "
+            f"{[float(group['lr']) for group in groups]}, which are not in the ratios {ratios} that adapters ask for; give it a list with "
+            "a value for each group, or take a scheduler that multiplies",
+            LightningPEFTWarning,
+            stacklevel=3,
+        )
 
 
 def _usual_first(key: tuple[float, bool]) -> tuple[bool, float, bool]:

@@ -41,6 +41,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.pissa",
     "lightning_peft.plugins.olora",
     "lightning_peft.plugins.loftq",
+    "lightning_peft.plugins.lora_plus",
+    "lightning_peft.plugins.adalora",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.compacter",
     "lightning_peft.plugins.bitfit",

@@ -363,7 +363,7 @@ def test_an_adapter_file_of_a_broken_plugin_names_the_plugin(install):
     ):
         registry.method_for_peft_type("IA4")
     with pytest.raises(
-        UnknownNameError, match=r"no registered method reads HF PEFT's type 'LORAA'; did you mean 'LORA'\?"
+        UnknownNameError, match=r"no registered method reads HF PEFT's type 'LORAA'; did you mean 'LORA' or 'ADALORA'\?"
     ):
         registry.method_for_peft_type("LORAA")
 
