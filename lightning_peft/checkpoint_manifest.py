@@ -66,14 +66,18 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
+    roots = roots_by_path(module)
+    active = {path: active_adapters(root) for path, root in roots.items()}
     return {
         f"{path}:{name}": {
             "method": injection.method.name,
             "fields": injection.method.to_config(),
             "places": injection.paths,
-            "active": name in active_adapters(root),
+            "active": name in active[path],
+            **({"position": active[path].index(name)} if name in active[path] and len(active[path]) > 1 else {}),
+            **({"modules_to_save": [target.path for target in injection.saved]} if injection.saved else {}),
         }
-        for path, root in roots_by_path(module).items()
+        for path, root in roots.items()
         for name, injection in records(root).items()
     }
 
@@ -84,11 +88,11 @@ def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any]) -> Non
             f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
         )
     for name, held in stored.items():
-        for label in ("method", "fields", "places", "active"):
-            if held.get(label) != here[name][label]:
+        for label in ("method", "fields", "places", "active", "position", "modules_to_save"):
+            if held.get(label) != here[name].get(label):
                 raise CheckpointMismatchError(
                     f"adapter {name!r}: {label} of the checkpoint and of the module differ: "
-                    f"{_first_difference(held.get(label), here[name][label])}. Resume with the settings of the checkpoint, or start a new run "
+                    f"{_first_difference(held.get(label), here[name].get(label))}. Resume with the settings of the checkpoint, or start a new run "
                     "from its adapter folder"
                 )
 

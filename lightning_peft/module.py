@@ -54,6 +54,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         base: the model to adapt, or a loader for it.
         method: the adaptation method.
         targets: what to adapt: roles, globs, ``re:`` expressions or :class:`Targets`; the method's default if None.
+        modules_to_save: modules to train in full beside the method, such as a head that is new, in the same adapter.
         adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out.
         name: name of the adapter in the model.
         optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
@@ -82,6 +83,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         method: Method | None = None,
         targets: str | list[str] | Targets | None = None,
         *,
+        modules_to_save: str | list[str] | None = None,
         adapter: str | None = None,
         name: str = "default",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
@@ -94,12 +96,15 @@ class PEFTModule(PEFTMixin, LightningModule):
             raise ConfigError(
                 f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}"
             )
-        if adapter is not None and targets is not None:
-            raise ConfigError(f"an adapter folder brings its own places; leave out targets={targets!r}")
+        if adapter is not None and (targets is not None or modules_to_save is not None):
+            raise ConfigError(
+                f"an adapter folder brings its own places; leave out targets={targets!r} and modules_to_save={modules_to_save!r}"
+            )
         if lr_interval not in ("step", "epoch"):
             raise ConfigError(f"lr_interval must be 'step' or 'epoch', got {lr_interval!r}")
         if not isinstance(base, (nn.Module, ModelLoader)):
             raise ConfigError(f"base must be a model or a ModelLoader such as CausalLMLoader(path=...), got {base!r}")
+        self.modules_to_save = modules_to_save
         self._save_plain_hyperparameters(method, targets, adapter)
         self.model = None
         # Not an attribute of the usual kind, which would register a model a second time.
@@ -117,7 +122,8 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         # Objects in a checkpoint could not be loaded again with weights_only=True.
         plain = {"method": method.name, **method.to_config()} if method else {"adapter": adapter}
-        self.save_hyperparameters({"peft": {**plain, "targets": repr(targets)}})
+        saved = {"modules_to_save": repr(self.modules_to_save)} if self.modules_to_save else {}
+        self.save_hyperparameters({"peft": {**plain, "targets": repr(targets), **saved}})
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -132,7 +138,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
         else:
             assert self.method is not None
-            inject(model, self.method, self.targets, name=self.adapter_name)
+            inject(model, self.method, self.targets, modules_to_save=self.modules_to_save, name=self.adapter_name)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import fingerprint as fp
-from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
@@ -46,9 +44,18 @@ from lightning_peft.errors import (
     LightningPEFTWarning,
 )
 from lightning_peft.injection import Injection, record
-from lightning_peft.interfaces import Slice, Target
+from lightning_peft.interfaces import Adapter, Slice, Target
 from lightning_peft.registry import get_registry
-from lightning_peft.surgery import delete_adapter, inject_at
+from lightning_peft.rollback import unchanged_on_error
+from lightning_peft.saved_modules import (
+    file_names,
+    hf_saved_config,
+    inside,
+    own_adapters,
+    saved_by_hf_peft,
+    split_file,
+)
+from lightning_peft.surgery import inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -59,10 +66,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
+    return _state_of(adapters_named(model, name))
+
+
+def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return {
-        f"{path}.{key}": value
-        for path, adapter in adapters_named(model, name).items()
-        for key, value in adapter.export_state().items()
+        f"{path}.{key}": value for path, adapter in adapters.items() for key, value in adapter.export_state().items()
     }
 
 
@@ -91,6 +100,41 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             LightningPEFTWarning,
             stacklevel=2,
         )
+    _refuse_no_values(tensors, name)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = _state_of(own_adapters(model, name))
+    saved = {key: tensor for key, tensor in tensors.items() if key not in own}
+    # Distinct contiguous copies: safetensors refuses tensors that share memory.
+    payload = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in (injection.method.file_tensors(own) | file_names(injection.method, saved)).items()
+    }
+    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
+    if injection.method.peft_type:
+        files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
+    config = {
+        "format_version": FORMAT_VERSION,
+        "method": {"name": injection.method.name, "fields": injection.method.to_config()},
+        "family": injection.family,
+        "places": {
+            target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
+            for target in injection.targets
+        },
+        **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
+        "base": {"name_or_path": base_name(model), "class": type(model).__name__, **fp.to_json(model)},
+        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
+        },
+    }
+    for file, content in {**files, OWN_CONFIG: to_json_bytes(config)}.items():
+        write_file(folder / file, content)
+    return folder
+
+
+def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterFileError(
@@ -100,34 +144,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             raise AdapterFileError(
                 f"{key!r} of adapter {name!r} has non-finite values; it is not saved, so that a good file is not replaced"
             )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Distinct contiguous copies: safetensors refuses tensors that share memory.
-    payload = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in injection.method.file_tensors(tensors).items()
-    }
-    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
-    if injection.method.peft_type:
-        files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
-    own = {
-        "format_version": FORMAT_VERSION,
-        "method": {"name": injection.method.name, "fields": injection.method.to_config()},
-        "family": injection.family,
-        "places": {
-            target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
-            for target in injection.targets
-        },
-        "base": {"name_or_path": base_name(model), "class": type(model).__name__, **fp.to_json(model)},
-        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
-        "versions": {
-            "python": platform.python_version(),
-            **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
-        },
-    }
-    for file, content in {**files, OWN_CONFIG: to_json_bytes(own)}.items():
-        write_file(folder / file, content)
-    return folder
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -146,7 +162,8 @@ def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, A
         "revision": None,
         "inference_mode": True,
         "target_modules": injection.paths,
-        **injection.method.to_hf_config(adapters_named(model, name)),
+        **injection.method.to_hf_config(own_adapters(model, name)),
+        **hf_saved_config(model, injection.saved),
     }
     for key in [key for key in config if key.endswith("_modules")]:
         config[key] = _shortest(model, config[key])
@@ -192,9 +209,11 @@ def load_adapter(
         )
     if check_base and folder.own is not None:
         _check_base(model, folder)
-    tensors = _placed_tensors(model, folder)
-    injection = _placed(model, folder, tensors)
-    with _unchanged_on_error(model, name), torch.random.fork_rng():
+    roots = _saved(model, folder)
+    tensors, saved = _placed_tensors(model, folder, roots)
+    injection = replace(_placed(model, folder, tensors, roots), saved=roots)
+    tensors |= saved
+    with unchanged_on_error(model), torch.random.fork_rng():
         try:
             inject_at(model, injection, name=name, trainable=trainable)
         except LightningPEFTError as error:
@@ -216,21 +235,6 @@ def load_adapter(
     return injection
 
 
-@contextlib.contextmanager
-def _unchanged_on_error(model: nn.Module, name: str) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = active_adapters(model)
-    try:
-        yield
-    except BaseException:
-        if name in adapter_names(model):
-            delete_adapter(model, name)
-            set_active_adapters(model, active)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
-
-
 def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
     base = (folder.own or {}).get("base") or {}
     here = fp.fingerprint(model)
@@ -246,9 +250,23 @@ def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
         )
 
 
-def _placed_tensors(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
+def _saved(model: nn.Module, folder: AdapterFolder) -> tuple[Target, ...]:
+    """Return the modules that are trained in full beside the method."""
+    if folder.own is None:
+        return saved_by_hf_peft(model, folder.saved_names, (folder.hf or {}).get("task_type"), folder.tensors)
+    saved = folder.own.get("modules_to_save", {})
+    if not isinstance(saved, dict):
+        raise AdapterConfigError(f"{str(folder.path / OWN_CONFIG)!r}: 'modules_to_save' cannot be read: {saved!r}")
+    return tuple(Target(path=path, rule=str(rule)) for path, rule in saved.items())
+
+
+def _placed_tensors(
+    model: nn.Module, folder: AdapterFolder, saved: Sequence[Target]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the tensors of the method and those of the modules trained in full, by ``<module path>.<tensor>``."""
+    own, copies = split_file(folder.method, [target.path for target in saved], folder.tensors)
     try:
-        return folder.method.placed_tensors(model, folder.tensors)
+        return folder.method.placed_tensors(model, own), copies
     except AdapterMismatchError as error:
         raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}: {error}") from error
 
@@ -258,7 +276,9 @@ def _shapes_at(place: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int
     return {name[len(place) + 1 :]: tuple(tensors[name].shape) for name in names}
 
 
-def _placed(model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tensor]) -> Injection:
+def _placed(
+    model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tensor], saved: Sequence[Target]
+) -> Injection:
     """Return the injection a folder asks for."""
     if folder.own is not None:
         try:
@@ -288,7 +308,8 @@ def _placed(model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tenso
         for place in modules
         if place in places and not places[place] <= set(dict(modules[place].named_parameters(recurse=False)))
     )
-    _check_hf_targets(folder, modules, {target.path for target in targets})
+    free = {place: module for place, module in modules.items() if not inside(place, [root.path for root in saved])}
+    _check_hf_targets(folder, free, {target.path for target in targets})
     return Injection(method=folder.method, targets=targets, family=get_registry().resolve_family(model).name)
 
 

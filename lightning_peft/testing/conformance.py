@@ -7,12 +7,20 @@ from lightning_peft.testing.definition import DefinitionTests
 from lightning_peft.testing.lifecycle import LifecycleTests
 from lightning_peft.testing.lightning import LightningTests
 from lightning_peft.testing.merging import MergingTests
+from lightning_peft.testing.saved_modules import SavedModulesTests
 from lightning_peft.testing.state import StateTests
 from lightning_peft.testing.training import TrainingTests
 
 
 class MethodConformance(
-    DefinitionTests, TrainingTests, ArithmeticTests, StateTests, MergingTests, LifecycleTests, LightningTests
+    DefinitionTests,
+    TrainingTests,
+    ArithmeticTests,
+    StateTests,
+    SavedModulesTests,
+    MergingTests,
+    LifecycleTests,
+    LightningTests,
 ):
     """Every test that a method must pass. Subclass it in a test module and set ``method``.
 
