@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
+    from lightning_peft.composition import Adaptation as Adaptation
+    from lightning_peft.composition import inject_all as inject_all
+    from lightning_peft.composition import load_adapters as load_adapters
+    from lightning_peft.composition import save_adapters as save_adapters
     from lightning_peft.data import TextDataModule as TextDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "Adaptation": "composition",
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
@@ -112,12 +117,15 @@ _HOME = {
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
     "inject": "surgery",
+    "inject_all": "composition",
     "load_adapter": "state",
+    "load_adapters": "composition",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
     "parameter_groups": "optimization",
     "resolve_targets": "targets",
     "save_adapter": "state",
+    "save_adapters": "composition",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
     "trainable_summary": "summary",
