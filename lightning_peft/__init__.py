@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import adapter_names as adapter_names
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_peft.callbacks import Phase as Phase
+    from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.composition import Adaptation as Adaptation
@@ -98,6 +100,8 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
+    "Phase": "callbacks",
+    "PhaseSchedule": "callbacks",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",

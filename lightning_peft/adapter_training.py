@@ -72,6 +72,7 @@ class AdapterTraining(_Host):
         bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
         for root, name, method in acting:
             here = own_adapters(root, name)
-            if any(name in layer.active for layer in adapter_layers(root).values()):
+            active = any(name in layer.active for layer in adapter_layers(root).values())
+            if active and any(p.requires_grad for adapter in here.values() for p in adapter.parameters()):
                 with torch.no_grad():
                     method.after_optimizer_step(here, bare, step, int(steps) if math.isfinite(steps) else 0)

@@ -83,7 +83,7 @@ def test_a_wrong_command_line_is_refused(refusal, args, message):
         ([*BASE, *DATA, "--model.method.rank", "3"], "--model.method: name a class, .* Known: .*LoRA"),
         (
             [*BASE, *METHOD, *DATA, "--model.method.rnk", "3"],
-            r"--model.method.method: LoRA has no option 'rnk'; did you mean 'rank'\? It has: rank, alpha, ",
+            r"--model.method: LoRA has no option 'rnk'; did you mean 'rank'\? It has: rank, alpha, ",
         ),
         ([*BASE, *METHOD, *DATA, "--model.method.rank", "abc"], "--model.method.rank: expected int, got 'abc'$"),
         ([*BASE, *METHOD, *DATA, "--model.method.rank", "0"], "^LoRA rank must be a positive integer, got 0$"),
@@ -148,7 +148,7 @@ COMPLETE = "  base: {class_path: CausalLMLoader, init_args: {path: x}}\ndata: {c
         ("model:\n  method: Lora\n" + COMPLETE, "--model.method: unknown class 'Lora'; did you mean 'LoRA'"),
         (
             "model:\n  method: {class_path: LoRA, init_args: {rnk: 3}}\n" + COMPLETE,
-            "--model.method.method: LoRA has no option 'rnk'; did you mean 'rank'",
+            "--model.method: LoRA has no option 'rnk'; did you mean 'rank'",
         ),
         (
             "model:\n  method: {class_path: LoRA, rank: 3}\n" + COMPLETE,
@@ -234,8 +234,14 @@ def test_what_other_libraries_refuse_is_an_error_without_a_traceback(tmp_path, c
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("[{method: lora, target: query}]", "--model.method: Adaptation has no option 'target'; did you mean 'targets'?"),
-        ("[{method: {class_path: lora, init_args: {rnk: 2}}}]", "--model.method.method: LoRA has no option 'rnk'; did you mean 'rank'?"),
+        (
+            "[{method: lora, target: query}]",
+            "--model.method: Adaptation has no option 'target'; did you mean 'targets'?",
+        ),
+        (
+            "[{method: {class_path: lora, init_args: {rnk: 2}}}]",
+            "--model.method.method: LoRA has no option 'rnk'; did you mean 'rank'?",
+        ),
     ],
 )
 def test_a_wrong_option_inside_a_list_of_methods_is_refused(refusal, value, message):
