@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import adapter_names as adapter_names
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_peft.callbacks import Phase as Phase
+    from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
+    from lightning_peft.composition import Adaptation as Adaptation
+    from lightning_peft.composition import inject_all as inject_all
+    from lightning_peft.composition import load_adapters as load_adapters
+    from lightning_peft.composition import save_adapters as save_adapters
     from lightning_peft.data import TextDataModule as TextDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
@@ -79,6 +85,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "AdaLoRA": "plugins.adalora",
+    "Adaptation": "composition",
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
@@ -110,6 +117,8 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "Perplexity": "plugins.eval_tasks",
+    "Phase": "callbacks",
+    "PhaseSchedule": "callbacks",
     "PiSSA": "plugins.pissa",
     "PrefixTuning": "plugins.prefix_tuning",
     "QLoRA": "plugins.qlora",
@@ -132,12 +141,15 @@ _HOME = {
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
     "inject": "surgery",
+    "inject_all": "composition",
     "load_adapter": "state",
+    "load_adapters": "composition",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
     "parameter_groups": "optimization",
     "resolve_targets": "targets",
     "save_adapter": "state",
+    "save_adapters": "composition",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
     "trainable_summary": "summary",

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_peft.adapter_layer import adapter_layers, adapter_names, adapters_named
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import records
+from lightning_peft.saved_modules import SavedParameters, acts_alone
 from lightning_peft.targets import in_first_layers
 
 
@@ -38,17 +39,35 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         here = [name for name in names if name in layer.adapters]
         for name in here if len(here) > 1 else []:
             held = records(model).get(name)
-            if held is not None and not held.method.composable:
+            if acts_alone(layer.adapters[name], held.method if held else None):
                 raise InjectionError(
-                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; activate one of them"
+                    f"{here} are all at {path!r}, but {alone(model, name, path)}; activate one of them"
                 )
     for layer in layers.values():
         layer.activate(names)
 
 
+def alone(model: nn.Module, name: str, path: str) -> str:
+    """Say which adapter at ``path`` cannot act beside others there, for messages."""
+    if isinstance(adapters_named(model, name)[path], SavedParameters):
+        return f"adapter {name!r} trains the module in full (modules_to_save) and acts alone at a place"
+    return f"{records(model)[name].method.name!r} acts alone at a place"
+
+
 def active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the active adapters of ``model``."""
-    return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.active))
+    """Return the names of the active adapters of ``model``, the innermost first where they meet."""
+    orders = [list(layer.active) for layer in adapter_layers(model).values()]
+    present = dict.fromkeys(name for order in orders for name in order)
+    left = [
+        *(name for name in records(model) if name in present),
+        *(name for name in present if name not in records(model)),
+    ]
+    names: list[str] = []
+    while left:  # every place has a part of one order
+        after = {name for order in orders for name in [n for n in order if n not in names][1:]}
+        names.append(next((name for name in left if name not in after), left[0]))
+        left.remove(names[-1])
+    return names
 
 
 def drop_adapters(model: nn.Module, layers: int, *, name: str = "default") -> None:

@@ -45,6 +45,11 @@ class AdapterFolder:
     """The content of ``adapter_config.json``; None for a method that HF PEFT does not know."""
 
     @property
+    def saved_names(self) -> list[str]:
+        """What ``adapter_config.json`` names as ``modules_to_save``."""
+        return list((self.hf or {}).get("modules_to_save") or ())
+
+    @property
     def base_name_or_path(self) -> str | None:
         """The base model the adapter was trained on, as it was called then."""
         own = (self.own or {}).get("base") or {}
@@ -135,7 +140,14 @@ def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
         peft_type = hf.get("peft_type")
         if not isinstance(peft_type, str):
             raise AdapterConfigError(f"'peft_type' must be a string such as 'LORA', found {peft_type!r}")
-        return get_registry().method_for_peft_type(peft_type, hf).from_hf_config(hf)
+        saved = hf.get("modules_to_save")
+        if saved is not None and not (
+            isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)
+        ):
+            raise AdapterConfigError(f"'modules_to_save' must be a list of names of modules, found {saved!r}")
+        method = get_registry().method_for_peft_type(peft_type, hf)
+        # The host honours modules_to_save, for every method.
+        return method.from_hf_config({key: value for key, value in hf.items() if key != "modules_to_save"})
     except (AdapterConfigError, UnknownNameError) as error:
         raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
 

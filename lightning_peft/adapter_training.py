@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.adapter_layer import adapter_layers, adapters_named
+from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter, Method
+from lightning_peft.saved_modules import own_adapters
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Host
@@ -70,7 +71,8 @@ class AdapterTraining(_Host):
         steps = self.trainer.estimated_stepping_batches
         bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
         for root, name, method in acting:
-            here = adapters_named(root, name)
-            if any(name in layer.active for layer in adapter_layers(root).values()):
+            here = own_adapters(root, name)
+            active = any(name in layer.active for layer in adapter_layers(root).values())
+            if active and any(p.requires_grad for adapter in here.values() for p in adapter.parameters()):
                 with torch.no_grad():
                     method.after_optimizer_step(here, bare, step, int(steps) if math.isfinite(steps) else 0)

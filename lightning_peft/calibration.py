@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection import record
 from lightning_peft.random_state import random_state, set_random_state
+from lightning_peft.saved_modules import own_adapters
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -43,7 +43,7 @@ def initialize_from_data(
     model.eval()
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            method.initialize(model, adapters_named(model, name), batches, loss or (lambda batch: model(**batch).loss))
+            method.initialize(model, own_adapters(model, name), batches, loss or (lambda batch: model(**batch).loss))
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.activation import active_adapters
+from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_layer import base_parameters
 from lightning_peft.errors import CheckpointMismatchError
 from lightning_peft.fingerprint import Fingerprint, fingerprint, quantized_names, to_json
@@ -15,8 +15,11 @@ from lightning_peft.injection import adapted_roots, records
 
 MANIFEST = "lightning_peft"
 """Key of a ``.ckpt`` under which the names, shapes and settings of its adapters stand."""
+SCHEDULE = "schedule"
+"""Entry of the manifest where the active adapters change in training: those that are active by the path of their model."""
 VERSION = 1
 _FIELDS = ("tensors", "adapters", "base")
+_LABELS = ("method", "fields", "places", "active", "position", "modules_to_save")
 
 
 def roots_by_path(module: nn.Module) -> dict[str, nn.Module]:
@@ -32,7 +35,39 @@ def make_manifest(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
         "tensors": _shapes(state),
         "adapters": _adapters(module),
         "base": {path: to_json(root) for path, root in roots_by_path(module).items()},
+        **({SCHEDULE: _active(module)} if is_scheduled(module) else {}),
     }
+
+
+def is_scheduled(module: nn.Module) -> bool:
+    """Tell whether a callback of the Trainer changes the active adapters of ``module`` in the course of a fit."""
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", ())
+    return any(getattr(callback, "schedules_adapters", False) for callback in callbacks)
+
+
+def take_schedule(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Activate what was active when a checkpoint of a scheduled run was saved, unless a fit goes on and the schedule does it.
+
+    Raises:
+        CheckpointMismatchError: a fit resumes without the schedule of the checkpoint, or with one where it had none.
+    """
+    manifest = checkpoint.get(MANIFEST)
+    schedule = manifest.get(SCHEDULE) if isinstance(manifest, dict) else None
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None and trainer.state.fn == "fit":
+        if (schedule is not None) != is_scheduled(module):
+            with_or_without = ("with", "without") if schedule is not None else ("without", "with")
+            raise CheckpointMismatchError(
+                "the checkpoint was saved {} a PhaseSchedule, and this run is {} one; resume with the callbacks of the checkpoint, or start "
+                "a new run from its adapter folder".format(*with_or_without)
+            )
+    elif isinstance(schedule, dict):
+        for path, root in roots_by_path(module).items():
+            set_active_adapters(root, [name for name in schedule.get(path, ()) if name in records(root)])
+
+
+def _active(module: nn.Module) -> dict[str, list[str]]:
+    return {path: active_adapters(root) for path, root in roots_by_path(module).items()}
 
 
 def check_manifest(checkpoint: Mapping[str, Any], module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -53,7 +88,9 @@ def check_manifest(checkpoint: Mapping[str, Any], module: nn.Module, state: Mapp
     for field in _FIELDS:
         if not isinstance(manifest.get(field), dict):
             raise CheckpointMismatchError(f"the {MANIFEST!r} entry of the checkpoint has no {field!r}: it is damaged")
-    _compare_adapters(manifest["adapters"], _adapters(module))
+    by_schedule = SCHEDULE in manifest and is_scheduled(module)
+    labels = [label for label in _LABELS if not (by_schedule and label in ("active", "position"))]
+    _compare_adapters(manifest["adapters"], _adapters(module), labels)
     _compare_tensors(manifest["tensors"], _shapes(state), "the module")
     if "state_dict" in checkpoint:  # not in sharded checkpoints
         _compare_tensors(manifest["tensors"], _shapes(checkpoint["state_dict"]), "the checkpoint's own state_dict")
@@ -66,29 +103,33 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
+    roots = roots_by_path(module)
+    active = {path: active_adapters(root) for path, root in roots.items()}
     return {
         f"{path}:{name}": {
             "method": injection.method.name,
             "fields": injection.method.to_config(),
             "places": injection.paths,
-            "active": name in active_adapters(root),
+            "active": name in active[path],
+            **({"position": active[path].index(name)} if name in active[path] and len(active[path]) > 1 else {}),
+            **({"modules_to_save": [target.path for target in injection.saved]} if injection.saved else {}),
         }
-        for path, root in roots_by_path(module).items()
+        for path, root in roots.items()
         for name, injection in records(root).items()
     }
 
 
-def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any], labels: Sequence[str]) -> None:
     if stored.keys() != here.keys():
         raise CheckpointMismatchError(
             f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
         )
     for name, held in stored.items():
-        for label in ("method", "fields", "places", "active"):
-            if held.get(label) != here[name][label]:
+        for label in labels:
+            if held.get(label) != here[name].get(label):
                 raise CheckpointMismatchError(
                     f"adapter {name!r}: {label} of the checkpoint and of the module differ: "
-                    f"{_first_difference(held.get(label), here[name][label])}. Resume with the settings of the checkpoint, or start a new run "
+                    f"{_first_difference(held.get(label), here[name].get(label))}. Resume with the settings of the checkpoint, or start a new run "
                     "from its adapter folder"
                 )
 

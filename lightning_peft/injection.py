@@ -24,6 +24,8 @@ class Injection:
     """The places it adapts."""
     family: str
     """Name of the model family that gave the roles their meaning."""
+    saved: tuple[Target, ...] = ()
+    """Modules that are trained in full beside the method: those of ``modules_to_save``."""
 
     @property
     def paths(self) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_peft.activation import active_adapters
+from lightning_peft.activation import active_adapters, alone
 from lightning_peft.adapter_layer import (
     AdapterLayer,
     adapter_layers,
@@ -18,6 +18,7 @@ from lightning_peft.adapter_layer import (
 )
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import records
+from lightning_peft.saved_modules import acts_alone
 
 
 def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -> None:
@@ -118,7 +119,5 @@ def _refuse_several(model: nn.Module, names: Sequence[str]) -> None:
         here = [name for name in dict.fromkeys((*layer.merged, *names)) if name in layer.adapters]
         for name in here if len(here) > 1 else []:
             held = records(model).get(name)
-            if held is not None and not held.method.composable:
-                raise MergeError(
-                    f"{here} are all at {path!r}, but {held.method.name!r} acts alone at a place; merge one of them"
-                )
+            if acts_alone(layer.adapters[name], held.method if held else None):
+                raise MergeError(f"{here} are all at {path!r}, but {alone(model, name, path)}; merge one of them")

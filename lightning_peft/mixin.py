@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
-from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest
+from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_schedule
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.interfaces import Adapter
@@ -173,6 +173,7 @@ class PEFTMixin(AdapterTraining, ExactResume, _Host):
             CheckpointMismatchError: they are not the same; the message lists both sides.
         """
         self._fit_to(checkpoint)
+        take_schedule(checkpoint, self)
         check_manifest(checkpoint, self, self.state_dict())
         super().on_load_checkpoint(checkpoint)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,13 +17,13 @@ from typing_extensions import override
 
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
+from lightning_peft.composition import Adaptation, inject_all, named
 from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import parameter_groups, scale_learning_rates, warn_of_lost_ratios
 from lightning_peft.state import load_adapter
-from lightning_peft.surgery import inject
 from lightning_peft.targets import Targets
 
 IGNORED = -100
@@ -52,10 +52,12 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     Args:
         base: the model to adapt, or a loader for it.
-        method: the adaptation method.
+        method: the adaptation method; or a list of methods and :class:`Adaptation`, which are all active at once, the first
+            innermost, each under a name of its own.
         targets: what to adapt: roles, globs, ``re:`` expressions or :class:`Targets`; the method's default if None.
+        modules_to_save: modules to train in full beside the method, such as a head that is new, in the same adapter.
         adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out.
-        name: name of the adapter in the model.
+        name: name of the adapter in the model, where there is one method.
         optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
         lr_scheduler: makes the learning-rate scheduler from the optimizer.
         lr_interval: whether the scheduler advances every ``step`` or every ``epoch``.
@@ -79,9 +81,10 @@ class PEFTModule(PEFTMixin, LightningModule):
     def __init__(
         self,
         base: ModelLoader | nn.Module,
-        method: Method | None = None,
+        method: Method | list[Adaptation | Method] | None = None,
         targets: str | list[str] | Targets | None = None,
         *,
+        modules_to_save: str | list[str] | None = None,
         adapter: str | None = None,
         name: str = "default",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
@@ -94,30 +97,35 @@ class PEFTModule(PEFTMixin, LightningModule):
             raise ConfigError(
                 f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}"
             )
-        if adapter is not None and targets is not None:
-            raise ConfigError(f"an adapter folder brings its own places; leave out targets={targets!r}")
+        if adapter is not None and (targets is not None or modules_to_save is not None):
+            raise ConfigError(
+                f"an adapter folder brings its own places; leave out targets={targets!r} and modules_to_save={modules_to_save!r}"
+            )
         if lr_interval not in ("step", "epoch"):
             raise ConfigError(f"lr_interval must be 'step' or 'epoch', got {lr_interval!r}")
         if not isinstance(base, (nn.Module, ModelLoader)):
             raise ConfigError(f"base must be a model or a ModelLoader such as CausalLMLoader(path=...), got {base!r}")
-        self._save_plain_hyperparameters(method, targets, adapter)
+        self.adapter_name = name
+        self.adaptations = _adaptations(method, targets, modules_to_save, name)
+        self._save_plain_hyperparameters(adapter)
         self.model = None
         # Not an attribute of the usual kind, which would register a model a second time.
         self.__dict__["_base"] = base
-        self.method, self.targets, self.adapter, self.adapter_name = method, targets, adapter, name
+        self.method, self.targets, self.adapter = method, targets, adapter
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss = loss
         self.metrics = nn.ModuleDict()
 
-    def _save_plain_hyperparameters(self, method: Method | None, targets: Any, adapter: str | None) -> None:
+    def _save_plain_hyperparameters(self, adapter: str | None) -> None:
         from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
         if _given_hyperparameters.get() is not None:  # the parsed configuration, plain values: made by LightningCLI
             self.save_hyperparameters()
             return
         # Objects in a checkpoint could not be loaded again with weights_only=True.
-        plain = {"method": method.name, **method.to_config()} if method else {"adapter": adapter}
-        self.save_hyperparameters({"peft": {**plain, "targets": repr(targets)}})
+        plain = {str(one.name): _plain(one) for one in self.adaptations}
+        one = plain[self.adapter_name] if list(plain) == [self.adapter_name] else plain
+        self.save_hyperparameters({"peft": one or {"adapter": adapter, "targets": repr(None)}})
 
     # -- the model -------------------------------------------------------------------------------------------------
 
@@ -131,26 +139,32 @@ class PEFTModule(PEFTMixin, LightningModule):
             model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
             load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
         else:
-            assert self.method is not None
-            model = base.load_for(self.method) if isinstance(base, ModelLoader) else base
-            inject(model, self.method, self.targets, name=self.adapter_name)
+            model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
+            inject_all(model, self.adaptations)
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
 
+    def _loading_method(self) -> Method:
+        """Return the method that the base is loaded for: of several, one that prepares layers while they are read."""
+        methods = [one.method for one in self.adaptations]
+        return next((m for m in methods if type(m).layer_preparation is not Method.layer_preparation), methods[0])
+
     def _initialize_from_data(self) -> None:
-        """Where the method takes initial values from data, hand it the training batches of a fit that begins."""
+        """Hand the methods that take initial values from data the training batches of a fit that begins."""
         trainer = self._trainer
-        if self.model is None or self.method is None or not self.method.data_driven or trainer is None:
+        names = [str(one.name) for one in self.adaptations if one.method.data_driven]
+        if self.model is None or not names or trainer is None:
             return
         if trainer.state.fn != "fit" or trainer.ckpt_path:  # a checkpoint brings the values
             return
         self.model.to(trainer.strategy.root_device)
-        with training_batches(trainer) as batches:
-            moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
-            initialize_from_data(
-                self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=self.adapter_name
-            )
+        for name in names:
+            with training_batches(trainer) as batches:
+                moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
+                initialize_from_data(
+                    self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=name
+                )
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,6 +302,29 @@ class PEFTModule(PEFTMixin, LightningModule):
         """Add a :class:`ResourceMonitor` (tokens a second, peak memory), unless the Trainer has one."""
         present: Iterable[Callback] = getattr(self.trainer, "callbacks", [])
         return [] if any(isinstance(callback, ResourceMonitor) for callback in present) else [ResourceMonitor()]
+
+
+def _adaptations(
+    method: Method | Sequence[Adaptation | Method] | None, targets: Any, modules_to_save: Any, name: str
+) -> list[Adaptation]:
+    if method is None:
+        return []
+    if isinstance(method, (list, tuple)):
+        if targets is not None or modules_to_save is not None or name != "default":
+            raise ConfigError(
+                "each method of a list has its own targets, modules_to_save and name: write Adaptation(method, targets, ...) in the list, got "
+                f"targets={targets!r}, modules_to_save={modules_to_save!r}, name={name!r} beside it"
+            )
+        return named(method)
+    if not isinstance(method, Method):
+        raise ConfigError(f"method must be a Method such as LoRA(rank=8), or a list of them, got {method!r}")
+    return [Adaptation(method, targets, name, modules_to_save)]
+
+
+def _plain(one: Adaptation) -> dict[str, Any]:
+    """Return plain values for a checkpoint."""
+    saved = {"modules_to_save": repr(one.modules_to_save)} if one.modules_to_save else {}
+    return {"method": one.method.name, **one.method.to_config(), "targets": repr(one.targets), **saved}
 
 
 def _target(batch: Any) -> Any:

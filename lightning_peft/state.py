@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,49 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import fingerprint as fp
-from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
     OWN_CONFIG,
     WEIGHTS,
-    AdapterFolder,
     read_adapter,
     to_json_bytes,
     write_file,
 )
 from lightning_peft.adapter_layer import (
-    adapter_layers,
     adapter_names,
     adapters_named,
     base_modules,
     base_parameters,
-    unwrapped,
+)
+from lightning_peft.adapter_placement import (
+    check_packed,
+    check_shared,
+    check_tensors,
+    name_in_layer,
+    placed,
+    placed_tensors,
+    saved_roots,
+    shapes_at,
+    without_base_copies,
 )
 from lightning_peft.errors import (
     AdapterConfigError,
     AdapterFileError,
     AdapterMismatchError,
-    BaseMismatchError,
     InjectionError,
     LightningPEFTError,
     LightningPEFTWarning,
 )
-from lightning_peft.families import GENERIC
 from lightning_peft.injection import Injection, record
-from lightning_peft.interfaces import Slice, Target
-from lightning_peft.registry import get_registry
-from lightning_peft.surgery import delete_adapter, inject_at
+from lightning_peft.interfaces import Adapter
+from lightning_peft.rollback import unchanged_on_error
+from lightning_peft.saved_modules import (
+    file_names,
+    hf_saved_config,
+    own_adapters,
+)
+from lightning_peft.surgery import inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -60,10 +69,12 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
+    return _state_of(adapters_named(model, name))
+
+
+def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     return {
-        f"{path}.{key}": value
-        for path, adapter in adapters_named(model, name).items()
-        for key, value in adapter.export_state().items()
+        f"{path}.{key}": value for path, adapter in adapters.items() for key, value in adapter.export_state().items()
     }
 
 
@@ -92,6 +103,41 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             LightningPEFTWarning,
             stacklevel=2,
         )
+    _refuse_no_values(tensors, name)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = _state_of(own_adapters(model, name))
+    saved = {key: tensor for key, tensor in tensors.items() if key not in own}
+    # Distinct contiguous copies: safetensors refuses tensors that share memory.
+    payload = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in (injection.method.file_tensors(own) | file_names(injection.method, saved)).items()
+    }
+    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
+    if injection.method.peft_type:
+        files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
+    config = {
+        "format_version": FORMAT_VERSION,
+        "method": {"name": injection.method.name, "fields": injection.method.to_config()},
+        "family": injection.family,
+        "places": {
+            target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
+            for target in injection.targets
+        },
+        **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
+        "base": _base(model, injection),
+        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
+        },
+    }
+    for file, content in {**files, OWN_CONFIG: to_json_bytes(config)}.items():
+        write_file(folder / file, content)
+    return folder
+
+
+def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise AdapterFileError(
@@ -101,34 +147,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             raise AdapterFileError(
                 f"{key!r} of adapter {name!r} has non-finite values; it is not saved, so that a good file is not replaced"
             )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Distinct contiguous copies: safetensors refuses tensors that share memory.
-    payload = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in injection.method.file_tensors(tensors).items()
-    }
-    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
-    if injection.method.peft_type:
-        files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
-    own = {
-        "format_version": FORMAT_VERSION,
-        "method": {"name": injection.method.name, "fields": injection.method.to_config()},
-        "family": injection.family,
-        "places": {
-            target.path: {"rule": target.rule, "slices": [asdict(part) for part in target.slices]}
-            for target in injection.targets
-        },
-        "base": _base(model, injection),
-        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
-        "versions": {
-            "python": platform.python_version(),
-            **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
-        },
-    }
-    for file, content in {**files, OWN_CONFIG: to_json_bytes(own)}.items():
-        write_file(folder / file, content)
-    return folder
 
 
 def _base(model: nn.Module, injection: Injection) -> dict[str, Any]:
@@ -152,7 +170,8 @@ def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, A
         "revision": None,
         "inference_mode": True,
         "target_modules": injection.paths,
-        **injection.method.to_hf_config(adapters_named(model, name)),
+        **injection.method.to_hf_config(own_adapters(model, name)),
+        **hf_saved_config(model, injection.saved),
     }
     for key in [key for key in config if key.endswith("_modules")]:
         if config[key] is None:
@@ -200,10 +219,12 @@ def load_adapter(
             f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
         )
     if check_base and folder.own is not None:
-        _check_base(model, folder)
-    tensors = _placed_tensors(model, folder)
-    injection = _placed(model, folder, tensors)
-    with _unchanged_on_error(model, name), torch.random.fork_rng():
+        refuse_other_base(model, folder)
+    roots = saved_roots(model, folder)
+    tensors, saved = placed_tensors(model, folder, roots)
+    injection = replace(placed(model, folder, tensors, roots), saved=roots)
+    tensors |= saved
+    with unchanged_on_error(model), torch.random.fork_rng():
         try:
             inject_at(model, injection, name=name, trainable=trainable)
         except LightningPEFTError as error:
@@ -213,202 +234,19 @@ def load_adapter(
                 f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
             )
         if check_base and folder.own is not None and folder.method.exact_packed_base:
-            _check_packed(model, folder)
-        tensors = _without_base_copies(model, folder, tensors)
+            check_packed(model, folder)
+        tensors = without_base_copies(model, folder, tensors)
         for place, adapter in adapters_named(model, name).items():
-            adapter.fit_to(_shapes_at(place, tensors))
-        base_names = [key for path, _ in base_parameters(model) for key in (path, _in_layer(path))]
-        _check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)
+            adapter.fit_to(shapes_at(place, tensors))
+        base_names = [key for path, _ in base_parameters(model) for key in (path, name_in_layer(path))]
+        check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)
         for place, adapter in adapters_named(model, name).items():
             try:
                 adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
             except AdapterConfigError as error:
                 raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}, at {place!r}: {error}") from error
-        _check_shared(model, folder, name, tensors)
+        check_shared(model, folder, name, tensors)
     return injection
-
-
-def _check_shared(model: nn.Module, folder: AdapterFolder, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a file that has different values for tensors that several places of the adapter share."""
-    for place, adapter in adapters_named(model, name).items():
-        for key, value in adapter.export_state().items() if adapter.tied_parameters else ():
-            if not torch.equal(value, tensors[f"{place}.{key}"].to(value)):
-                raise AdapterMismatchError(
-                    f"{str(folder.path / WEIGHTS)!r} has values of {place}.{key} other than those of the module that shares this weight; "
-                    "with tied weights they are one tensor"
-                )
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(model: nn.Module, name: str) -> Iterator[None]:
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = active_adapters(model)
-    try:
-        yield
-    except BaseException:
-        if name in adapter_names(model):
-            delete_adapter(model, name)
-            set_active_adapters(model, active)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
-
-
-def _check_base(model: nn.Module, folder: AdapterFolder) -> None:
-    base = (folder.own or {}).get("base") or {}
-    here = fp.fingerprint(model)
-    if not base.get("tensors") or here is None:
-        return
-    stored = fp.Fingerprint(base["tensors"])
-    different = stored.differences(here, fp.quantized_names(model) | frozenset(base.get("quantized") or ()))
-    if different:
-        raise BaseMismatchError(
-            f"{str(folder.path)!r} was trained on the base {base.get('name_or_path') or base.get('class')!r} with fingerprint {stored.digest}, but "
-            f"this {type(model).__name__} has fingerprint {here.digest}: {len(different)} of {len(stored.tensors)} parameters differ, first "
-            f"{different[0]!r}. Load the right base, or pass check_base=False if you know what you do"
-        )
-
-
-def _check_packed(model: nn.Module, folder: AdapterFolder) -> None:
-    """Compare the packed weights of the base, now that the method has prepared it, with those the adapter was trained over."""
-    stored = ((folder.own or {}).get("base") or {}).get("packed") or {}
-    here = fp.packed_digests(model)
-    different = sorted(path for path in stored.keys() | here.keys() if stored.get(path) != here.get(path))
-    if different:
-        raise BaseMismatchError(
-            f"{str(folder.path)!r} was trained over packed weights that are not those of this {type(model).__name__}: {len(different)} of "
-            f"{len(stored)} layers differ, first {different[0]!r}. Quantise the same weights with the same settings on the same kind of "
-            "device, or pass check_base=False to load it all the same"
-        )
-
-
-def _placed_tensors(model: nn.Module, folder: AdapterFolder) -> dict[str, Tensor]:
-    try:
-        return folder.method.placed_tensors(model, folder.tensors)
-    except AdapterMismatchError as error:
-        raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}: {error}") from error
-
-
-def _shapes_at(place: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    names = (name for name in tensors if name.startswith(f"{place}."))
-    return {name[len(place) + 1 :]: tuple(tensors[name].shape) for name in names}
-
-
-def _placed(model: nn.Module, folder: AdapterFolder, tensors: Mapping[str, Tensor]) -> Injection:
-    """Return the injection a folder asks for."""
-    if folder.own is not None:
-        try:
-            targets = tuple(
-                Target(path=place, rule=held["rule"], slices=tuple(Slice(**part) for part in held["slices"]))
-                for place, held in folder.own["places"].items()
-            )
-            method = folder.method.loaded_over(model)
-            return Injection(method=method, targets=targets, family=str(folder.own["family"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise AdapterConfigError(
-                f"{str(folder.path / OWN_CONFIG)!r}: 'places' or 'family' cannot be read: {error!r}"
-            ) from error
-    modules = {place: unwrapped(module) for place, module in base_modules(model) if place}
-    places: dict[str, set[str]] = {}
-    for key in tensors:
-        parts = key.split(".")
-        place = next((p for n in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:n])) in modules), None)
-        if place is None:
-            raise AdapterMismatchError(
-                f"{str(folder.path / WEIGHTS)!r} has {key!r}, but {type(model).__name__} has no module for it: wrong base?"
-            )
-        places.setdefault(place, set()).add(key[len(place) + 1 :])
-    # A place where the file holds only parameters of the base (a bias, or worse) is not a target.
-    targets = tuple(
-        Target(path=place, rule=HF_CONFIG)
-        for place in modules
-        if place in places and not places[place] <= set(dict(modules[place].named_parameters(recurse=False)))
-    )
-    injection = Injection(method=folder.method, targets=targets, family=get_registry().resolve_family(model).name)
-    _check_hf_targets(folder, model, modules, injection)
-    return injection
-
-
-def _check_hf_targets(
-    folder: AdapterFolder, model: nn.Module, modules: Mapping[str, nn.Module], injection: Injection
-) -> None:
-    """Compare the places of the tensors with HF PEFT's own rule for ``target_modules``, where that is a list of names.
-
-    ``target_parameters`` name modules by their parameters. A place that the method adds to those named is expected too.
-    """
-    hf, places, method = folder.hf or {}, set(injection.paths), injection.method
-    parameters = hf.get("target_parameters") or []
-    names = hf.get("target_modules") or ([] if parameters else hf.get("target_modules"))
-    if not places:
-        raise AdapterMismatchError(
-            f"{str(folder.path / WEIGHTS)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
-        )
-    if not isinstance(names, list) or hf.get("layers_to_transform") is not None or hf.get("exclude_modules"):
-        return  # a regular expression from a file is never run; the tensors alone say where they belong
-    wanted = {place for place in modules if _named(place, names)}
-    wanted |= {
-        place
-        for place, module in modules.items()
-        if any(_named(f"{place}.{name}", parameters) for name, _ in module.named_parameters(recurse=False))
-    }
-    missing = sorted(place for place in wanted - places if method.supports(modules[place]))
-    extra = sorted(places - wanted)
-    if extra:
-        family = get_registry().model_families.get(injection.family, GENERIC)
-        asked = [target for target in injection.targets if target.path in wanted]
-        extra = sorted(set(extra) - {target.path for target in method.expand(model, asked, family)})
-    if missing or extra:
-        raise AdapterMismatchError(
-            f"{str(folder.path)!r}: target_modules {[*names, *parameters]} of {HF_CONFIG} and the tensors of {WEIGHTS} do not agree. "
-            f"Modules without tensors: {missing[:5]} ({len(missing)}); tensors for other modules: {extra[:5]} ({len(extra)})"
-        )
-
-
-def _without_base_copies(model: nn.Module, folder: AdapterFolder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the copies of adapted embeddings and heads that HF PEFT writes beside their adapters, after comparing them."""
-    tensors = dict(tensors)
-    for place, layer in adapter_layers(model).items():
-        key = f"{place}.base_layer.weight"
-        if key in tensors:
-            stored, weight = tensors.pop(key), layer.base_layer.get_parameter("weight").detach()
-            if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
-                raise BaseMismatchError(
-                    f"{str(folder.path / WEIGHTS)!r} holds {key!r}, which would overwrite the base: it differs from the weight of this model"
-                )
-    return tensors
-
-
-def _check_tensors(
-    folder: AdapterFolder, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Iterable[str]
-) -> None:
-    """Compare the tensors of a file with those expected; ``names`` are the parameters of the base."""
-    where = str(folder.path / WEIGHTS)
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        base = " (some would overwrite the base)" if set(extra) & set(names) else ""
-        raise AdapterMismatchError(
-            f"{where!r} does not hold what {folder.method.name!r} needs here. Missing: {missing[:5]} ({len(missing)}); "
-            f"not expected{base}: {extra[:5]} ({len(extra)})"
-        )
-    for key, tensor in expected.items():
-        if found[key].shape != tensor.shape:
-            raise AdapterMismatchError(
-                f"{where!r}: {key!r} has shape {tuple(found[key].shape)}, this model needs {tuple(tensor.shape)}: another base, or another rank"
-            )
-        if not found[key].is_floating_point() or not torch.isfinite(found[key]).all():
-            raise AdapterMismatchError(
-                f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers"
-            )
-
-
-def _named(path: str, names: Iterable[str]) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _in_layer(name: str) -> str:
-    """Return the name HF PEFT gives a base parameter of an adapted module."""
-    place, _, parameter = name.rpartition(".")
-    return f"{place}.base_layer.{parameter}"
 
 
 def _version(distribution: str) -> str | None:

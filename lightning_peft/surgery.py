@@ -35,8 +35,9 @@ from lightning_peft.errors import (
 )
 from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, records
-from lightning_peft.interfaces import Method, Target
+from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.registry import get_registry
+from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
 from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
 
 _NESTED = "_lightning_peft_use_nested_tensor"
@@ -48,6 +49,7 @@ def inject(
     method: Method,
     targets: str | Sequence[str] | Targets | None = None,
     *,
+    modules_to_save: str | Sequence[str] | None = None,
     name: str = "default",
     family: ModelFamily | str | None = None,
     trainable: bool = True,
@@ -58,6 +60,8 @@ def inject(
         model: any module. In a LightningModule of your own, call this in ``configure_model``.
         method: the adaptation method.
         targets: roles, globs or ``re:`` expressions; the method's default targets if None.
+        modules_to_save: modules to train in full beside the method, such as a classification head, in the same adapter: roles,
+            globs or ``re:`` expressions. The method's default targets leave them out.
         name: the adapter's name; a model may hold several.
         family: the model family, or its name, where it should not be found from the model.
         trainable: whether the adapters are trained.
@@ -66,7 +70,7 @@ def inject(
         What was injected where.
 
     Raises:
-        TargetError: a target matches nothing, or something that the method cannot adapt.
+        TargetError: a target matches nothing, or something that the method cannot adapt, or a module of ``modules_to_save``.
         InjectionError: the name is taken.
 
     Example:
@@ -76,31 +80,52 @@ def inject(
         >>> inject(model, LoRA(rank=1), ["0", "1"]).paths
         ['0', '1']
     """
-    _check_name(model, name)
+    check_name(model, name)
     if not isinstance(method, Method):
         raise ConfigError(f"inject needs an instance of a Method such as LoRA(rank=8), got {method!r}")
-    known = _family(model, family)
+    known = resolve_family(model, family)
+    injection = plan(model, method, targets, modules_to_save, known)
+    if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
+        _warn_of_fused_experts(model, method)
+    return _put(model, injection, known, name, trainable)
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    targets: str | Sequence[str] | Targets | None,
+    modules_to_save: str | Sequence[str] | None,
+    family: ModelFamily,
+) -> Injection:
+    """Return what :func:`inject` would put where; the model is left alone."""
+    saved = resolve_saved(model, modules_to_save, family)
     chosen = resolve_targets(
         model,
         method.default_targets if targets is None else targets,
-        known,
+        family,
         supports=method.supports,
         method=type(method).__name__,
     )
-    if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
-        _warn_of_fused_experts(model, method)
-    return _put(model, Injection(method=method, targets=tuple(chosen), family=known.name), known, name, trainable)
+    if targets is None:  # nobody asked for these by name
+        chosen = [target for target in chosen if not inside(target.path, [root.path for root in saved])]
+        if not chosen:
+            raise TargetError(
+                f"modules_to_save={modules_to_save!r} leaves nothing of {type(model).__name__} for {type(method).__name__} to adapt"
+            )
+    saved_places(model, saved, [target.path for target in chosen])
+    return Injection(method=method, targets=tuple(chosen), family=family.name, saved=saved)
 
 
 def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: bool = True) -> Injection:
     """Put the adapters of an :class:`Injection` into ``model`` at exactly its places, as :func:`inject` would."""
-    _check_name(model, name)
+    check_name(model, name)
     known = {path: unwrapped(module) for path, module in base_modules(model)}
-    for target in injection.targets:
+    for target in (*injection.targets, *injection.saved):
         if target.path not in known:
             raise TargetError(
                 f"the adapter has a place {target.path!r}, but {type(model).__name__} has no such module: it is for another model"
             )
+    for target in injection.targets:
         if not injection.method.supports(known[target.path]):
             kind = type(known[target.path]).__name__
             raise TargetError(
@@ -119,11 +144,17 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
             "unload_adapters(model) to make the merged weights the base"
         )
     overrides = _overrides(model, method, injection.targets, family)
-    method.prepare(model)
+    _prepare(model, injection)
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
-    made, fresh = [], {}
-    for target in method.expand(model, injection.targets, family):
+    made: list[tuple[nn.Module, Adapter]] = []
+    fresh: dict[str, Adapter] = {}
+    targets = method.expand(model, injection.targets, family)
+    for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items():
+        copies = SavedParameters(unwrapped(modules[path]), names)
+        copies.reset_parameters(unwrapped(modules[path]))
+        made.append((modules[path], copies))
+    for target in targets:
         module = unwrapped(modules[target.path])
         adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
         adapter.reset_parameters(module)
@@ -140,6 +171,25 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     records(model)[name] = injection
     set_active_adapters(model, [name])
     return injection
+
+
+def _prepare(model: nn.Module, injection: Injection) -> None:
+    """Let the method change the base, but for the modules that are trained in full."""
+    kept = {path: unwrapped(held) for path, held in base_modules(model) if _trained_in_full(path, held, injection)}
+    injection.method.prepare(model)
+    now = {path: unwrapped(held) for path, held in base_modules(model)}
+    replaced = [path for path, module in kept.items() if path in now and now[path] is not module]
+    parents = _parents(model) if replaced else {}
+    for path in replaced:
+        _replace(kept[path], parents[id(now[path])])
+
+
+def _trained_in_full(path: str, held: nn.Module, injection: Injection) -> bool:
+    if isinstance(held, AdapterLayer) and any(
+        isinstance(adapter, SavedParameters) for adapter in held.adapters.values()
+    ):
+        return True
+    return inside(path, [root.path for root in injection.saved])
 
 
 def freeze(model: nn.Module) -> None:
@@ -224,10 +274,8 @@ def materialize_adapters(model: nn.Module) -> None:
             adapter.reset_parameters(layer.base_layer)  # type: ignore[operator]
 
 
-# -- details -----------------------------------------------------------------------------------------------------------
-
-
-def _family(model: nn.Module, family: ModelFamily | str | None) -> ModelFamily:
+def resolve_family(model: nn.Module, family: ModelFamily | str | None) -> ModelFamily:
+    """Return the family that is named, or the one that ``model`` is of."""
     if isinstance(family, ModelFamily):
         return family
     registry = get_registry()
@@ -235,7 +283,8 @@ def _family(model: nn.Module, family: ModelFamily | str | None) -> ModelFamily:
     return named
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Refuse ``name`` for a new adapter of ``model`` where it is no name, or taken."""
     if (
         not isinstance(name, str)
         or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name)
@@ -249,6 +298,9 @@ def _check_name(model: nn.Module, name: str) -> None:
         raise InjectionError(
             f"{type(model).__name__} already has an adapter {name!r} (it holds: {held}); give another name=, or delete_adapter(model, {name!r})"
         )
+
+
+# -- details -----------------------------------------------------------------------------------------------------------
 
 
 def _overrides(

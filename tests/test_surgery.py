@@ -406,3 +406,17 @@ def test_an_adapter_is_saved_through_a_compiled_model(tmp_path):
     again = Net().eval()
     load_adapter(again, tmp_path)
     assert torch.equal(again(IDS), model(IDS))
+
+
+def test_active_adapters_are_named_in_the_order_in_which_they_act():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    inject(model, LoRA(rank=1), "1", name="first")
+    inject(model, LoRA(rank=1), ["0", "1"], name="second")
+    inject(model, LoRA(rank=1), ["0", "2"], name="third")
+    for order in (["first", "second", "third"], ["third", "second", "first"]):
+        set_active_adapters(model, order)
+        assert active_adapters(model) == order
+        set_active_adapters(model, active_adapters(model))
+        assert [list(layer.active) for layer in adapter_layers(model).values()] == [
+            [name for name in order if name in layer.adapters] for layer in adapter_layers(model).values()
+        ]

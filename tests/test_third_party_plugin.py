@@ -121,7 +121,7 @@ def test_slices_leave_the_query_of_gpt2_alone(ia3, tmp_path):
         ({"feedforward_modules": ".*down_proj"}, AdapterConfigError, r"regular expression '\.\*down_proj'"),
         ({"feedforward_modules": ["dwn_proj"]}, AdapterMismatchError, "feedforward='dwn_proj' matches no module"),
         ({"feedforward_modules": [7]}, AdapterConfigError, r"IA3 feedforward=\(7,\)"),
-        ({"modules_to_save": ["lm_head"]}, AdapterConfigError, "does not have HF PEFT's 'modules_to_save'"),
+        ({"modules_to_save": ["lm_head"]}, AdapterMismatchError, r"Missing: \['lm_head.weight'\]"),
     ],
 )
 def test_a_folder_that_means_something_else_is_refused(ia3, tmp_path, change, error, message):

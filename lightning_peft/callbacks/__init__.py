@@ -1,6 +1,7 @@
 """Callbacks: the verbs in time. They find adapter layers in the model and know nothing of methods."""
 
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
+from lightning_peft.callbacks.phases import Phase, PhaseSchedule
 from lightning_peft.callbacks.resources import ResourceMonitor
 
-__all__ = ["AdapterCheckpoint", "ResourceMonitor"]
+__all__ = ["AdapterCheckpoint", "Phase", "PhaseSchedule", "ResourceMonitor"]

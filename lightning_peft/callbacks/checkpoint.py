@@ -11,17 +11,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from lightning_peft.checkpoint_manifest import roots_by_path
+from lightning_peft.composition import save_adapters
 from lightning_peft.errors import AdapterNotFoundError
-from lightning_peft.injection import records
 from lightning_peft.mixin import PEFTMixin
-from lightning_peft.state import save_adapter
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """Saves ``.ckpt`` files with adapters, optimizer and loops only, each with an adapter folder beside it.
 
     ``epoch=0-step=100.ckpt`` resumes the run; ``epoch=0-step=100.adapter/`` is what ``load_adapter`` and HF PEFT read. Where
-    a model holds several adapters, the folder has one sub-folder for each but ``default``; where several models in the module
+    a model holds several adapters, the folder has one sub-folder for each but ``default``, for ``load_adapters``; where several models in the module
     are adapted, one for each model. The arguments are those of
     ``lightning.pytorch.callbacks.ModelCheckpoint``, and ``monitor``, ``save_top_k`` and ``save_last`` work as there. The module
     must be a :class:`~lightning_peft.PEFTModule` or have :class:`~lightning_peft.PEFTMixin`, which keeps the base out.
@@ -71,8 +70,7 @@ def _save_adapters(module: PEFTMixin, folder: Path) -> None:
     try:
         for path, root in roots.items():
             inner = temporary / path if len(roots) > 1 else temporary
-            for name in records(root):
-                save_adapter(root, inner if name == "default" else inner / name, name=name)
+            save_adapters(root, inner)
         _delete(folder)
         if temporary.exists():
             os.replace(temporary, folder)

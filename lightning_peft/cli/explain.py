@@ -31,6 +31,7 @@ def explain(message: str, options: Sequence[str] = ()) -> str:
         >>> explain('Parser key "trainer.max_steps":\n  Expected a <class \'int\'>. Got value: abc')
         "--trainer.max_steps: expected int, got 'abc'"
     """
+    message = _without_lists(message)
     return (
         _unknown_option(message, options)
         or _unknown_verb(message)
@@ -140,6 +141,10 @@ def _wrong_value(message: str) -> str | None:
 
 # -- reading the message -----------------------------------------------------------------------------------------------
 
+_LIST_OF_METHODS = re.compile(
+    r"^( *)- Does not validate.*\n\1  Subtypes: \[<class 'lightning_peft\.composition\.Adaptation'>.*\n(?:\1  .*\n)*",
+    re.MULTILINE,
+)
 _CLASS_PATH = r"class_path[= ]'([^']+)'"
 _CALLABLE = r"(?:Type \S.* expects a function or a callable class: )?"
 _VALUE = re.compile(
@@ -151,6 +156,12 @@ _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Given value|Expected a path but|Expected a <class 'NoneType'>|"
     r"Import path \S+ does not correspond|Problem with given class_path|Expected a dot import path"
 )
+
+
+def _without_lists(message: str) -> str:
+    """Leave out why a single method is no list of methods."""
+    is_list = re.search(r"^ *Given value type: <class 'list'>\s*$", message, re.MULTILINE)
+    return message if is_list else _LIST_OF_METHODS.sub("", message)
 
 
 def _at(message: str) -> str:

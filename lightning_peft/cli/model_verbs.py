@@ -38,13 +38,12 @@ def merge(
         MergeError: its method cannot be merged.
     """
     from lightning_peft.registry import get_registry
-    from lightning_peft.state import load_adapter
 
     folder = Path(output)
     base = base or _base_of(adapter)
     _check_output(folder, overwrite, [adapter, base])
     model = _load_base(base, dtype)
-    load_adapter(model, adapter, check_base=check_base)
+    _load(model, adapter, check_base)
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
     try:
         get_registry().get("exporter", "merged_transformers")().export(model, partial)
@@ -86,8 +85,6 @@ def generate(
         raise ConfigError("generate needs a model: give --adapter FOLDER, --base FOLDER_OR_ID, or both")
     import torch
 
-    from lightning_peft.state import load_adapter
-
     base = base or _base_of(str(adapter))
     _base_class(base)
     tokenizer = _tokenizer(base)
@@ -98,7 +95,7 @@ def generate(
         raise ConfigError(f"the prompt {prompt!r} has no tokens")
     model = _load_base(base, dtype)
     if adapter is not None:
-        load_adapter(model, adapter)
+        _load(model, adapter)
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     if seed is not None:
         torch.manual_seed(seed)
@@ -114,10 +111,20 @@ def generate(
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
+def _load(model: Any, adapter: str, check_base: bool = True) -> None:
+    """Load an adapter folder, or one of several adapters."""
+    from lightning_peft.composition import holds_several, load_adapters
+    from lightning_peft.state import load_adapter
+
+    load = load_adapters if holds_several(adapter) else load_adapter
+    load(model, adapter, check_base=check_base)
+
+
 def _base_of(adapter: str) -> str:
     from lightning_peft.adapter_files import read_adapter
+    from lightning_peft.composition import first_adapter
 
-    name = read_adapter(adapter).base_name_or_path
+    name = read_adapter(first_adapter(adapter)).base_name_or_path
     if name is None:
         raise ConfigError(f"{adapter!r} does not say which base it was trained on; give --base FOLDER_OR_ID")
     return name

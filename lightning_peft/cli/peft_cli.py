@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -15,7 +17,7 @@ from typing_extensions import override
 # Imported for their classes: the parser finds a class by its short name once its module is loaded.
 from lightning_peft import callbacks, data, loaders  # noqa: F401
 from lightning_peft.cli.arguments import PlainErrors
-from lightning_peft.cli.yaml_config import NAMED_PARTS, class_path_of, install
+from lightning_peft.cli.yaml_config import NAMED_PARTS, class_path_of, install, load, with_class_path
 from lightning_peft.errors import LightningPEFTError
 from lightning_peft.module import PEFTModule
 from lightning_peft.registry import get_registry
@@ -121,11 +123,20 @@ def _with_class_paths(args: Sequence[str]) -> list[str]:
     for word in args:
         option, equals, value = word.partition("=")
         if equals and option in _NAMED_OPTIONS:
-            word = f"{option}={class_path_of(_NAMED_OPTIONS[option], value)}"
+            word = f"{option}={_with_class_path(_NAMED_OPTIONS[option], value)}"
         elif result and result[-1] in _NAMED_OPTIONS:
-            word = class_path_of(_NAMED_OPTIONS[result[-1]], word)
+            word = _with_class_path(_NAMED_OPTIONS[result[-1]], word)
         result.append(word)
     return result
+
+
+def _with_class_path(part: str, word: str) -> str:
+    if part == "method" and word.lstrip().startswith("["):  # a list of methods
+        try:
+            return json.dumps(with_class_path(part, load(word)))
+        except (yaml.YAMLError, TypeError):
+            return word  # the parser says what is wrong with it
+    return class_path_of(part, word)
 
 
 _NAMED_OPTIONS = {f"--model.{part}{ending}": part for part in NAMED_PARTS for ending in ("", ".help")}

@@ -4,7 +4,8 @@
 * Anchors and aliases are refused: a few lines of them can stand for gigabytes.
 * ``${oc.env:NAME}`` is the environment variable ``NAME``, ``${oc.env:NAME,value}`` has a default, and ``${model.base.path}``
   is another value of the same file (OmegaConf's syntax).
-* A registry name stands for its class: ``method: lora`` is ``method: LoRA``. ``optimizer: AdamW`` is torch's.
+* A registry name stands for its class: ``method: lora`` is ``method: LoRA``, also in a list of methods. ``optimizer: AdamW`` is
+  torch's.
 """
 
 from __future__ import annotations
@@ -116,8 +117,21 @@ def _with_class_paths(config: dict[str, Any]) -> dict[str, Any]:
     for section in places + [place["model"] for place in places if isinstance(place.get("model"), dict)]:
         for part in NAMED_PARTS:
             value = section.get(part)
-            if isinstance(value, str):
-                section[part] = class_path_of(part, value)
-            elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
-                value["class_path"] = class_path_of(part, value["class_path"])
+            if value is not None:
+                section[part] = with_class_path(part, value)
     return config
+
+
+def with_class_path(part: str, value: Any) -> Any:
+    """Replace names by class paths in one value: a name, a mapping with ``class_path``, or a list of methods and adaptations."""
+    if isinstance(value, str):
+        return class_path_of(part, value)
+    if isinstance(value, list) and part == "method":
+        return [with_class_path(part, item) for item in value]
+    if isinstance(value, dict):
+        if isinstance(value.get("class_path"), str):
+            value["class_path"] = class_path_of(part, value["class_path"])
+        for place in (value, value.get("init_args")):  # an adaptation: a method with its targets
+            if part == "method" and isinstance(place, dict) and "method" in place:
+                place["method"] = with_class_path(part, place["method"])
+    return value

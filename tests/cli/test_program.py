@@ -230,3 +230,21 @@ def test_what_other_libraries_refuse_is_an_error_without_a_traceback(tmp_path, c
     captured = capsys.readouterr().err
     assert "error: " in captured
     assert "Traceback" not in captured
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            "[{method: lora, target: query}]",
+            "--model.method: Adaptation has no option 'target'; did you mean 'targets'?",
+        ),
+        (
+            "[{method: {class_path: lora, init_args: {rnk: 2}}}]",
+            "--model.method.method: LoRA has no option 'rnk'; did you mean 'rank'?",
+        ),
+    ],
+)
+def test_a_wrong_option_inside_a_list_of_methods_is_refused(refusal, value, message):
+    base = ["--model.base", "CausalLMLoader", "--model.base.path", "somewhere"]
+    assert message in refusal("fit", *base, "--data", "TextDataModule", "--model.method", value)

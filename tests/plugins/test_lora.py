@@ -462,7 +462,7 @@ def test_gaussian_init_has_deviation_one_over_rank_and_kaiming_that_of_hf_peft()
         ({"r": 0}, "rank must be a positive integer"),
         ({"lora_alpha": None}, "alpha must be a finite number"),
         ({"rank_pattern": {"(a+)+$": 3}}, "nested repetitions"),
-        ({"modules_to_save": ["lm_head"]}, "does not have HF PEFT's 'modules_to_save'"),
+        ({"modules_to_save": "lm_head"}, "'modules_to_save' must be a list of names of modules, found 'lm_head'"),
     ],
 )
 def test_a_configuration_of_hf_peft_that_cannot_be_honoured_is_refused(change, message, tmp_path):

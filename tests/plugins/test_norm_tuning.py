@@ -88,9 +88,18 @@ def test_what_hf_peft_chooses_for_a_llama_is_what_is_chosen_here(tmp_path):
 def test_a_configuration_that_cannot_be_honoured_is_refused(tmp_path):
     get_peft_model(tiny_llama(), LNTuningConfig()).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "modules_to_save": ["lm_head"]}))
-    with pytest.raises(AdapterConfigError, match=r"does not have HF PEFT's 'modules_to_save', .* \['lm_head'\]"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "new_setting": ["lm_head"]}))
+    with pytest.raises(AdapterConfigError, match=r"does not have HF PEFT's 'new_setting', .* \['lm_head'\]"):
         load_adapter(tiny_llama(), tmp_path)
+
+
+def test_a_head_that_hf_peft_trained_in_full_is_loaded_too(tmp_path):
+    theirs = disturbed(get_peft_model(tiny_llama(), LNTuningConfig(modules_to_save=["lm_head"])))
+    theirs.save_pretrained(tmp_path)
+    model = tiny_llama()
+    assert [target.path for target in load_adapter(model, tmp_path).saved] == ["lm_head"]
+    assert relative(logits(model), logits(theirs)) <= 1e-5
+    assert "lm_head.weight" in adapter_state_dict(model)
 
 
 def test_llama_2_7b_trains_two_norms_a_layer_and_one_at_the_end():

@@ -1,0 +1,276 @@
+"""Several methods in one model, all active at once.
+
+Where they meet at one place they act around one another, the first of the list innermost::
+
+    [LoRA, Bottleneck, BitFit]        y = bitfit(bottleneck(lora(base)))(x)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from lightning_peft.activation import active_adapters, set_active_adapters
+from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, to_json_bytes, write_file
+from lightning_peft.adapter_layer import adapters_named
+from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
+from lightning_peft.families import ModelFamily
+from lightning_peft.injection import Injection, records
+from lightning_peft.interfaces import Method
+from lightning_peft.rollback import unchanged_on_error
+from lightning_peft.saved_modules import saved_places
+from lightning_peft.state import load_adapter, save_adapter
+from lightning_peft.surgery import check_name, inject, plan, resolve_family
+from lightning_peft.targets import Targets
+
+INDEX = "lightning_peft_adapters.json"
+"""File in a folder of several adapters: their names and which are active, innermost first."""
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """One method of several, with what it adapts.
+
+    Example:
+        >>> from lightning_peft import LoRA
+        >>> Adaptation(LoRA(rank=4), targets=["query", "value"]).targets
+        ['query', 'value']
+    """
+
+    method: Method
+    """The method."""
+    targets: str | list[str] | Targets | None = None
+    """What it adapts: roles, globs, ``re:`` expressions or :class:`Targets`; the method's default targets if None."""
+    name: str | None = None
+    """Name of its adapter; the method's registry name if None, and for a second one ``<name>_2``."""
+    modules_to_save: str | list[str] | None = None
+    """Modules to train in full beside the method, in the same adapter."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise ConfigError(f"Adaptation needs an instance of a Method such as LoRA(rank=8), got {self.method!r}")
+
+
+def named(adaptations: Sequence[Adaptation | Method]) -> list[Adaptation]:
+    """Return ``adaptations`` with a name each; a bare method becomes an :class:`Adaptation` of its default targets.
+
+    Raises:
+        ConfigError: there is none, something else is among them, or a name is given twice.
+
+    Example:
+        >>> from lightning_peft import BitFit, LoRA
+        >>> [one.name for one in named([LoRA(), BitFit(), LoRA()])]
+        ['lora', 'bitfit', 'lora_2']
+    """
+    if not adaptations:
+        raise ConfigError(f"a list of methods needs at least one, got {adaptations!r}")
+    whole = [Adaptation(one) if isinstance(one, Method) else one for one in adaptations]
+    for one in whole:
+        if not isinstance(one, Adaptation):
+            raise ConfigError(f"a list of methods holds Adaptation(method, targets) or methods, got {one!r}")
+    given = [one.name for one in whole if one.name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            raise ConfigError(f"the name {name!r} is given to {given.count(name)} adaptations; each needs its own")
+    result: list[Adaptation] = []
+    for one in whole:
+        name, number = one.name or one.method.name, 1
+        while one.name is None and name in {*given, *(other.name for other in result)}:
+            number += 1
+            name = f"{one.method.name}_{number}"
+        result.append(replace(one, name=name))
+    return result
+
+
+def inject_all(
+    model: nn.Module,
+    adaptations: Sequence[Adaptation | Method],
+    *,
+    family: ModelFamily | str | None = None,
+    trainable: bool = True,
+) -> dict[str, Injection]:
+    """Adapt ``model`` in place with several methods and make all of them active, the first one innermost.
+
+    What can be seen beforehand is checked for all before the model changes; if one fails later, the others are taken out.
+
+    Args:
+        model: any module.
+        adaptations: methods with their targets, or bare methods with their default targets.
+        family: the model family, or its name, where it should not be found from the model.
+        trainable: whether the adapters are trained.
+
+    Returns:
+        What was injected where, by adapter name.
+
+    Raises:
+        ConfigError: a name is given twice.
+        TargetError: a target matches nothing, or something that its method cannot adapt.
+        InjectionError: a name is taken, or two methods meet at a place where one of them acts alone.
+
+    Example:
+        >>> import torch
+        >>> from lightning_peft import BitFit, LoRA, active_adapters
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> _ = inject_all(model, [Adaptation(LoRA(rank=1), targets="0"), BitFit()])
+        >>> active_adapters(model)
+        ['lora', 'bitfit']
+    """
+    chosen = {str(one.name): one for one in named(adaptations)}
+    known = resolve_family(model, family)
+    for name in chosen:
+        check_name(model, name)
+    _check_together(
+        model,
+        {name: plan(model, one.method, one.targets, one.modules_to_save, known) for name, one in chosen.items()},
+        known,
+    )
+    with unchanged_on_error(model):
+        made = {
+            name: inject(
+                model,
+                one.method,
+                one.targets,
+                modules_to_save=one.modules_to_save,
+                name=name,
+                family=known,
+                trainable=trainable,
+            )
+            for name, one in chosen.items()
+        }
+        set_active_adapters(model, list(chosen))
+    return made
+
+
+def _check_together(model: nn.Module, plans: dict[str, Injection], family: ModelFamily) -> None:
+    """Refuse methods that meet at a place where one of them acts alone."""
+    places: dict[str, list[tuple[str, str | None]]] = {}  # path -> adapter names, each with why it acts alone
+    for name, injection in plans.items():
+        method = injection.method
+        alone = None if method.composable else f"{method.name!r} acts alone at a place"
+        for target in method.expand(model, injection.targets, family):
+            places.setdefault(target.path, []).append((name, alone))
+        for path in saved_places(model, injection.saved):
+            places.setdefault(path, []).append((name, f"modules_to_save of {name!r} trains the module in full"))
+    for path, here in places.items():
+        why = next((reason for _, reason in here if reason), None)
+        if len(here) > 1 and why:
+            raise InjectionError(
+                f"the adapters {[name for name, _ in here]} all adapt {path!r}, but {why}; give them other targets"
+            )
+
+
+# -- on disk -----------------------------------------------------------------------------------------------------------
+
+
+def save_adapters(model: nn.Module, path: str | Path) -> Path:
+    """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
+
+    Unless ``default`` is the only one, a file beside them says which there are and which are active, in what order.
+
+    Returns:
+        The folder.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter.
+        AdapterFileError: an adapter has non-finite values, or no values yet (meta device).
+    """
+    folder = Path(path)
+    names = list(records(model))
+    if not names:
+        adapters_named(model, "default")  # raises, saying that there is none
+    for name in names:
+        save_adapter(model, _folder_of(folder, name), name=name)
+    if names != ["default"]:
+        active = [name for name in active_adapters(model) if name in names]
+        content = {"format_version": _VERSION, "adapters": names, "active": active}
+        write_file(folder / INDEX, to_json_bytes(content))
+    return folder
+
+
+def load_adapters(
+    model: nn.Module, path: str | Path, *, trainable: bool = False, check_base: bool = True
+) -> dict[str, Injection]:
+    """Put all adapters of a folder into ``model``, in place, and make those active that were so when they were saved.
+
+    If one is refused, the model is what it was. A folder without the file that says which adapters there are and which are
+    active, such as one of HF PEFT, gives the adapter in the folder itself as ``default`` and those of its sub-folders by
+    name, in the order of the alphabet, all active.
+
+    Args:
+        model: the base model, with other adapters or without.
+        path: a folder written by :func:`save_adapters`, :class:`~lightning_peft.AdapterCheckpoint` or HF PEFT.
+        trainable: whether they are trained further.
+        check_base: whether to refuse a base other than the one they were trained on.
+
+    Returns:
+        What was injected where, by adapter name.
+
+    Raises:
+        AdapterFileError: there is no adapter, or one cannot be read or does not fit.
+        InjectionError: the model has an adapter of one of the names.
+    """
+    folder = Path(path)
+    names, active = _index(folder)
+    for name in names:
+        check_name(model, name)
+    with unchanged_on_error(model):
+        loaded = {
+            name: load_adapter(model, _folder_of(folder, name), name=name, trainable=trainable, check_base=check_base)
+            for name in names
+        }
+        set_active_adapters(model, active)
+    return loaded
+
+
+def holds_several(path: str | Path) -> bool:
+    """Tell whether a folder was written for several adapters."""
+    return (Path(path) / INDEX).is_file()
+
+
+def first_adapter(path: str | Path) -> Path:
+    """Return the folder of the first adapter of a folder, which is the folder itself where there is one adapter."""
+    folder = Path(path)
+    return _folder_of(folder, _index(folder)[0][0]) if holds_several(folder) else folder
+
+
+def _folder_of(folder: Path, name: str) -> Path:
+    return folder if name == "default" else folder / name
+
+
+def _index(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the adapters of a folder, and those that are active."""
+    if not holds_several(folder):
+        inner = sorted(child.name for child in folder.iterdir() if _is_adapter(child)) if folder.is_dir() else []
+        found = [*(["default"] if _is_adapter(folder) else []), *(name for name in inner if name != "default")]
+        if not found:
+            raise AdapterFileError(f"{str(folder)!r} holds no adapter, neither itself nor in a folder inside it")
+        return found, found
+    file = folder / INDEX
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        names, active = list(content["adapters"]), list(content["active"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{str(file)!r} cannot be read: {error!r}") from error
+    if content.get("format_version") != _VERSION:
+        raise AdapterFileError(
+            f"{str(file)!r} has format_version {content.get('format_version')!r}; this version reads {_VERSION}"
+        )
+    for name in (*names, *active):
+        try:
+            check_name(nn.Module(), name)  # it becomes part of a path
+        except ConfigError as error:
+            raise AdapterFileError(f"{str(file)!r}: {error}") from error
+    if not names or len(set(names)) < len(names) or not set(active) <= set(names):
+        raise AdapterFileError(
+            f"{str(file)!r} must name each adapter once, the active ones among them: {names}, {active}"
+        )
+    return names, active
+
+
+def _is_adapter(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (OWN_CONFIG, HF_CONFIG))
