@@ -475,3 +475,18 @@ def test_layers_keep_what_a_phase_froze_when_they_are_switched(tmp_path, quiet_t
         path for path, layer in adapter_layers(module.model).items() if any(p.requires_grad for p in layer.parameters())
     ]
     assert trained == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_a_method_acts_after_a_step_only_in_phases_that_train_it(tmp_path, quiet_trainer):
+    steps = []
+
+    class Counting(LoRA):
+        name = "counting"
+
+        def after_optimizer_step(self, adapters, optimizer, step, total_steps):
+            steps.append(step)
+
+    method = [Adaptation(Counting(rank=1), "q_proj", "lora"), Adaptation(NormTuning(), "norm", "norms")]
+    phases = [Phase(start=0, trained=["norms"]), Phase(start=1)]
+    fit(quiet_trainer(tmp_path, max_epochs=2, callbacks=[PhaseSchedule(phases)]), lm(method=method))
+    assert steps == [3, 4, 5]
