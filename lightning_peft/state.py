@@ -38,6 +38,7 @@ from lightning_peft.adapter_placement import (
     name_in_layer,
     placed,
     placed_tensors,
+    refuse_other_base,
     saved_roots,
     shapes_at,
     without_base_copies,

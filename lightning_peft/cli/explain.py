@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from lightning_peft.errors import did_you_mean
 
 _VERB = r"(?:fit|validate|test|predict|merge|generate|methods|plugins)"
-_MANY = 40
+_MANY = 100
 """More names than this are not listed in a message."""
 
 

@@ -20,8 +20,8 @@ def tiny_mixtral():
 
     config = MixtralConfig(
         vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
