@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from peft import PeftModel, VeraConfig, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_peft import (
     NF4,
@@ -21,6 +22,7 @@ from lightning_peft import (
     materialize_adapters,
     merge_adapters,
     save_adapter,
+    set_active_adapters,
     trainable_summary,
 )
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, MergeError, TargetError
@@ -51,13 +53,14 @@ class TestWithoutSavingTheProjection(MethodConformance):
 
 
 class TestOnSlicesOfAFusedLayer(MethodConformance):
-    method = VeRA(rank=16)
+    method = VeRA(rank=16, d_initial=1.0)
     targets = ["query", "value"]
 
     def model(self):
         return tiny_gpt2()
 
 
+_PAIR = ("vera_A", "vera_B")
 MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
 # Layers of different widths: grouped keys and values, an MLP of twice the width, a fused projection of three times the width.
 PLACES = {"llama": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
@@ -143,7 +146,7 @@ def test_the_number_of_parameters_is_that_of_the_paper(rank):
 
 
 def held_pairs(model):
-    return [name for name, _ in model.named_buffers() if name.endswith(("vera_A", "vera_B"))]
+    return [name for name, _ in model.named_buffers() if name.endswith(_PAIR)]
 
 
 def test_there_is_one_pair_and_all_layers_use_it():
@@ -165,14 +168,10 @@ def test_a_copy_and_a_model_in_another_precision_use_their_own_pair():
     disturbed(model)
     output = logits(model)
     twin = copy.deepcopy(model).double()
-    assert all(A.dtype == torch.float64 for layer in adapter_layers(twin).values() for A in adapter_pair(layer))
+    assert {matrix.dtype for path in adapter_layers(twin) for matrix in adapter_at(twin, path).pair()} == {torch.float64}
     for buffer in twin.buffers():
         buffer.zero_()
     assert torch.equal(logits(model), output)
-
-
-def adapter_pair(layer):
-    return layer.adapters["default"].pair()
 
 
 def test_deleting_takes_the_pair_along_and_leaves_that_of_another_adapter():
@@ -183,8 +182,6 @@ def test_deleting_takes_the_pair_along_and_leaves_that_of_another_adapter():
     inject(model, VeRA(rank=4, projection_seed=1), ["up"], name="two")
     delete_adapter(model, "two")
     assert len(held_pairs(model)) == 2
-    from lightning_peft import set_active_adapters
-
     set_active_adapters(model, "one")
     assert torch.equal(logits(model), output)
     delete_adapter(model, "one")
@@ -208,36 +205,29 @@ def test_the_pair_is_drawn_when_an_adapter_comes_from_the_meta_device(save_proje
 
 
 @pytest.mark.parametrize("save_projection", [True, False])
-def test_a_checkpoint_holds_the_pair_once_or_not_at_all_and_resumes(save_projection, tmp_path, make_trainer, llama_dir):
-    from lightning_peft import CausalLMLoader
-
-    def module():
+def test_a_checkpoint_holds_the_pair_once_or_not_at_all_and_resumes(save_projection, tmp_path, make_trainer, llama):
+    def fit(epochs, checkpoint=None):
         method = VeRA(rank=8, save_projection=save_projection)
-        return PEFTModule(base=CausalLMLoader(path=llama_dir), method=method, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        module = PEFTModule(copy.deepcopy(llama), method, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        trainer = make_trainer(tmp_path, max_epochs=epochs)
+        torch.manual_seed(1)
+        trainer.fit(module, DataLoader(torch.arange(32).view(4, 8) + 3, batch_size=2), ckpt_path=checkpoint)
+        return trainer, module
 
-    ids = torch.arange(32).view(2, 2, 8)
-    data = [{"input_ids": rows, "labels": rows} for rows in ids]
-    whole, first, second = module(), module(), module()
-    torch.manual_seed(1)
-    make_trainer(tmp_path, max_steps=2, max_epochs=1).fit(whole, data)
-    torch.manual_seed(1)
-    trainer = make_trainer(tmp_path, max_steps=1, max_epochs=1)
-    trainer.fit(first, data)
+    trainer, _ = fit(1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
-    saved = torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"]
-    assert sum(key.endswith(("vera_A", "vera_B")) for key in saved) == (2 if save_projection else 0)
-    if save_projection:  # what the checkpoint holds counts, not what is drawn anew
-        changed = torch.load(tmp_path / "one.ckpt", weights_only=True)
-        key = next(key for key in saved if key.endswith("vera_A"))
-        changed["state_dict"][key] *= 2
-        torch.save(changed, tmp_path / "changed.ckpt")
-        third = module()
-        make_trainer(tmp_path, max_steps=1, max_epochs=1).validate(third, data[:1], ckpt_path=tmp_path / "changed.ckpt", verbose=False)
-        held = dict(third.named_buffers())[key]
-        assert torch.equal(held, 2 * saved[key])
-    make_trainer(tmp_path, max_steps=1, max_epochs=1).validate(second, data[:1], ckpt_path=tmp_path / "one.ckpt", verbose=False)
-    for key, tensor in first.state_dict().items():
-        assert torch.equal(second.state_dict()[key], tensor), key
+    checkpoint = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    pairs = [key for key in checkpoint["state_dict"] if key.endswith(_PAIR)]
+    assert len(pairs) == (2 if save_projection else 0)
+    whole, resumed = fit(2)[1], fit(2, tmp_path / "one.ckpt")[1]
+    for key, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], tensor), key
+    for key in pairs:  # what the checkpoint holds counts, not what is drawn anew
+        checkpoint["state_dict"][key] *= 2
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    changed = fit(2, tmp_path / "changed.ckpt")[1].state_dict()
+    for key in pairs:
+        assert torch.equal(changed[key], 2 * whole.state_dict()[key])
 
 
 # -- HF PEFT -----------------------------------------------------------------------------------------------------------
