@@ -54,7 +54,7 @@ class TrainableTokens(Method):
     """The ids of the tokens to train, as the tokenizer gives them."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, str) or not isinstance(self.tokens, Sequence) or not self.tokens:
+        if not isinstance(self.tokens, Sequence) or not self.tokens:
             raise ConfigError(f"TrainableTokens tokens must list at least one token id, got {self.tokens!r}")
         seen: set[int] = set()
         for token in self.tokens:
@@ -77,7 +77,7 @@ class TrainableTokens(Method):
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
         if target.slices:
             raise TargetError(f"TrainableTokens cannot adapt a slice of {target.path!r}; name an embedding or a head")
-        size = module.weight.shape[0]  # type: ignore[union-attr, index, operator]
+        size = module.get_parameter("weight").shape[0]
         outside = [token for token in self.tokens if token >= size]
         if outside:
             raise TargetError(

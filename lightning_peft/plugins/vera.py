@@ -161,9 +161,6 @@ class VectorScaledLinear(LowRankAdapter):
         slices: the slices of the output to adapt; empty for all of it.
     """
 
-    vera_A: Tensor
-    vera_B: Tensor
-
     def __init__(self, method: VeRA, module: nn.Module, slices: tuple[Slice, ...] = ()) -> None:
         super().__init__(LowRankSettings(rank=method.rank, scaling=1.0, dropout=method.dropout), module)
         self.d_initial, self.seed, self.persistent = method.d_initial, method.projection_seed, method.save_projection
@@ -197,10 +194,11 @@ class VectorScaledLinear(LowRankAdapter):
     @torch.no_grad()
     def _reset_pair(self) -> None:
         """Draw A, then B, on the CPU in float32: Kaiming uniform, as HF PEFT does from the same seed."""
-        if self.vera_A.is_meta:
+        matrices = [self.get_buffer(name) for name in _PAIR]
+        if matrices[0].is_meta:
             return
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        for tensor in (self.vera_A, self.vera_B):
+        for tensor in matrices:
             bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(tensor.shape[1]))
             drawn = torch.empty(tensor.shape, device="cpu", dtype=torch.float32)
             tensor.copy_(drawn.uniform_(-bound, bound, generator=generator))
@@ -208,7 +206,8 @@ class VectorScaledLinear(LowRankAdapter):
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return this layer's part of the random pair: A (rank, in) and B (out, rank)."""
         leader = self._leader[0] if self._leader else self
-        return leader.vera_A[:, : self.in_features], leader.vera_B[: self.out_features]
+        A, B = (leader.get_buffer(name) for name in _PAIR)
+        return A[:, : self.in_features], B[: self.out_features]
 
     def _dense_b(self) -> Tensor:
         """B's vector for all output features (out,), zero outside the slices."""

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_peft import (
     NF4,
     PEFTModule,
+    Targets,
     VeRA,
     adapter_layers,
     adapter_state_dict,
@@ -49,12 +50,12 @@ class TestOnGPT2(MethodConformance):
 
 class TestWithoutSavingTheProjection(MethodConformance):
     method = VeRA(rank=16, save_projection=False, projection_seed=5, d_initial=1.0)
-    targets = ["query", "value"]
+    targets = Targets(include=["query", "value"])
 
 
 class TestOnSlicesOfAFusedLayer(MethodConformance):
     method = VeRA(rank=16, d_initial=1.0)
-    targets = ["query", "value"]
+    targets = Targets(include=["query", "value"])
 
     def model(self):
         return tiny_gpt2()
@@ -168,7 +169,9 @@ def test_a_copy_and_a_model_in_another_precision_use_their_own_pair():
     disturbed(model)
     output = logits(model)
     twin = copy.deepcopy(model).double()
-    assert {matrix.dtype for path in adapter_layers(twin) for matrix in adapter_at(twin, path).pair()} == {torch.float64}
+    assert {matrix.dtype for path in adapter_layers(twin) for matrix in adapter_at(twin, path).pair()} == {
+        torch.float64
+    }
     for buffer in twin.buffers():
         buffer.zero_()
     assert torch.equal(logits(model), output)
