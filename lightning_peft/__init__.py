@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.plugins.quantizers import Int8 as Int8
     from lightning_peft.plugins.top_layers import TopLayers as TopLayers
+    from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
+    from lightning_peft.plugins.vera import VeRA as VeRA
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
@@ -129,6 +131,8 @@ _HOME = {
     "Targets": "targets",
     "TextDataModule": "data",
     "TopLayers": "plugins.top_layers",
+    "TrainableTokens": "plugins.trainable_tokens",
+    "VeRA": "plugins.vera",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",

@@ -50,6 +50,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.prefix_tuning",
     "lightning_peft.plugins.top_layers",
     "lightning_peft.plugins.full",
+    "lightning_peft.plugins.vera",
+    "lightning_peft.plugins.trainable_tokens",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
