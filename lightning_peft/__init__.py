@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
+    from lightning_peft.plugins.p_tuning import PTuning as PTuning
+    from lightning_peft.plugins.prompt_tuning import PromptTuning as PromptTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
@@ -92,7 +94,9 @@ _HOME = {
     "PEFTCLI": "cli",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
+    "PTuning": "plugins.p_tuning",
     "Perplexity": "plugins.eval_tasks",
+    "PromptTuning": "plugins.prompt_tuning",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",

@@ -184,6 +184,8 @@ class Method(_Named, ABC):
 
     default_targets: ClassVar[tuple[str, ...]] = ("all_linear",)
     """Targets used when none are given."""
+    target_refusal: ClassVar[str] = "name the modules inside it, or another role"
+    """How :class:`~lightning_peft.errors.TargetError` goes on where a target matches nothing that the method can adapt."""
     identity_at_init: ClassVar[bool] = True
     """A fresh adapter leaves the output as it is, bit for bit."""
     mergeable: ClassVar[bool] = False
@@ -272,7 +274,7 @@ class Method(_Named, ABC):
     def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         """Return the fields of HF PEFT's ``adapter_config.json`` beyond ``peft_type`` and ``target_modules``.
 
-        ``adapters`` maps module paths to the adapters that are saved.
+        ``adapters`` maps module paths to the adapters that are saved. ``target_modules`` is left out where this says None.
         """
         raise NotImplementedError(f"{type(self).__name__} declares peft_type and must implement to_hf_config")
 

@@ -149,7 +149,10 @@ def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, A
         **injection.method.to_hf_config(adapters_named(model, name)),
     }
     for key in [key for key in config if key.endswith("_modules")]:
-        config[key] = _shortest(model, config[key])
+        if config[key] is None:
+            del config[key]  # the format of the method has no such key
+        else:
+            config[key] = _shortest(model, config[key])
     return config
 
 
