@@ -29,6 +29,40 @@ _ENCODERS = ("mlp", "lstm")
 _NUM_LAYERS = 2
 
 
+class TwoWayLSTM(nn.Module):
+    """An LSTM in both directions with the parameters of ``nn.LSTM``, which ``torch.compile`` does not take into its graph.
+
+    Args:
+        inputs: width of the input.
+        hidden: width of the output of one direction.
+        num_layers: layers.
+        dropout: between layers while training.
+    """
+
+    def __init__(self, inputs: int, hidden: int, num_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden, self.num_layers, self.dropout = hidden, num_layers, dropout
+        for layer in range(num_layers):
+            for way in ("", "_reverse"):
+                width = 2 * hidden if layer else inputs
+                shapes = {"weight_ih": (4 * hidden, width), "weight_hh": (4 * hidden, hidden)}
+                for name, shape in {**shapes, "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}.items():
+                    self.register_parameter(f"{name}_l{layer}{way}", nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+
+    def reset_parameters(self) -> None:
+        """Give the values ``nn.LSTM`` starts with."""
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -(self.hidden**-0.5), self.hidden**-0.5)
+
+    @override
+    def forward(self, values: Tensor) -> Tensor:
+        """Run over ``values`` (length, inputs) and return (length, 2 * hidden)."""
+        start = values.new_zeros(2 * self.num_layers, 1, self.hidden)
+        options = (True, self.num_layers, self.dropout, self.training, True, False)  # biases ... both ways, batch first
+        result, _, _ = torch.lstm(values[:, None], (start, start), list(self.parameters()), *options)
+        return result[:, 0]
+
+
 class EncodedPrompts(PromptAdapter):
     """Virtual tokens that a network makes; once loaded from a folder, they stand for themselves.
 
@@ -57,9 +91,7 @@ class EncodedPrompts(PromptAdapter):
         with torch.device("meta"):  # no initial values are drawn here
             self.embedding = nn.Embedding(num_virtual_tokens, width, dtype=torch.float32)
             if encoder == "lstm":
-                self.lstm_head: nn.Module | None = nn.LSTM(
-                    width, hidden, num_layers, dropout=dropout, bidirectional=True, batch_first=True, dtype=torch.float32
-                )
+                self.lstm_head: nn.Module | None = TwoWayLSTM(width, hidden, num_layers, dropout)
                 sizes = [2 * hidden, 2 * hidden, width]
             else:
                 self.lstm_head = None
@@ -73,7 +105,7 @@ class EncodedPrompts(PromptAdapter):
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
         for module in self.modules():
-            if isinstance(module, (nn.Embedding, nn.LSTM, nn.Linear)):
+            if isinstance(module, (nn.Embedding, nn.Linear, TwoWayLSTM)):
                 module.reset_parameters()
 
     @override
@@ -81,10 +113,8 @@ class EncodedPrompts(PromptAdapter):
         if "prompt_embeddings" in self._parameters:
             return self.prompt_embeddings
         with torch.autocast(self.embedding.weight.device.type, enabled=False):  # as precise as what a file holds
-            values = self.embedding.weight[None]  # (1, tokens, hidden)
-            if self.lstm_head is not None:
-                values = self.lstm_head(values)[0]  # (1, tokens, 2 * hidden_size)
-            return self.mlp_head(values)[0]  # type: ignore[no-any-return]
+            values = self.embedding.weight if self.lstm_head is None else self.lstm_head(self.embedding.weight)
+            return self.mlp_head(values)  # type: ignore[no-any-return]  # (num_virtual_tokens, hidden)
 
     # -- files hold the prompts, whatever they come from ---------------------------------------------------------------
 
