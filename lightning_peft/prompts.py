@@ -30,7 +30,7 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.interfaces import Adapter, Method, Target
 
 _FILE_TENSOR = "prompt_embeddings"
-_PLACE = r"[^.]+(\.encoder)?"
+_PLACE = r"[^.]+(\.(encoder|decoder))?"
 _NEEDED = {"input_ids", "inputs_embeds", "attention_mask"}
 # Encoders with decoders in one call; recurrent states, which do not tell whether they are empty; inputs made of token ids.
 _UNKNOWN = {"decoder_input_ids", "cache_params", "state", "mems", "pixel_values", "input_features", "per_layer_inputs"}
@@ -40,30 +40,35 @@ _OWN_TASKS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
 
 def is_backbone(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a model of transformers that turns tokens into hidden states and can take embeddings."""
-    if not callable(getattr(module, "get_input_embeddings", None)) or not hasattr(module, "config"):
+    """Tell whether ``module`` is a model of transformers that turns tokens into hidden states, and not one that leaves it to another."""
+    inner = [unwrapped(child) for name, child in module.named_children() if name in ("encoder", "decoder")]
+    return _takes_embeddings(module) and not any(_takes_embeddings(child) for child in inner)
+
+
+def _takes_embeddings(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    if config is None or not callable(getattr(module, "get_input_embeddings", None)):
         return False
-    if getattr(module, "is_decoder", False) is True or not isinstance(module.forward, Callable):  # type: ignore[arg-type]
-        return False
-    names = set(inspect.signature(module.forward).parameters)
     try:
         embedding = module.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return False
-    return names >= _NEEDED and not names & _UNKNOWN and hasattr(embedding, "embedding_dim")
+    names = set(inspect.signature(module.forward).parameters)
+    # T5 has one class for both, which says what it is.
+    pair = "encoder_hidden_states" in names and getattr(config, "is_encoder_decoder", False)
+    beside_an_encoder = getattr(module, "is_decoder", pair)
+    known = names >= _NEEDED and not names & _UNKNOWN
+    return known and not beside_an_encoder and hasattr(embedding, "embedding_dim")
 
 
 def backbone_path(model: nn.Module) -> str:
-    """Return where the backbone of ``model`` is: the outermost below it, or the encoder beside a decoder.
+    """Return where the backbone of ``model`` is.
 
     Raises:
         TargetError: there is none, or more than one.
     """
-    found: list[str] = []
-    for path, module in base_modules(model):
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if re.fullmatch(_PLACE, path) and not inside and is_backbone(unwrapped(module)):
-            found.append(path)
+    modules = {path: unwrapped(module) for path, module in base_modules(model)}
+    found = [path for path, module in modules.items() if re.fullmatch(_PLACE, path) and is_backbone(module)]
     if len(found) != 1:
         raise TargetError(
             f"{type(model).__name__} has {len(found) or 'no'} backbones{f' ({found})' if found else ''}; {PromptMethod.target_refusal}"
@@ -268,8 +273,7 @@ class PromptMethod(Method):
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
         path, name = backbone_path(model), type(self).__name__
         target = next((target for target in targets if target.path == path), None)
-        other = [t.path for t in targets if t.path != path and not t.path.startswith(f"{path}.")]
-        if target is None or other:
+        if target is None or len(targets) > 1:
             raise TargetError(
                 f"{name} was asked to adapt {sorted(t.path for t in targets)}, but the backbone of {type(model).__name__} is {path!r}; leave "
                 "the targets out"
