@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, InjectionError, TargetError
@@ -35,8 +35,7 @@ _NEEDED = {"input_ids", "inputs_embeds", "attention_mask"}
 # Encoders with decoders in one call; recurrent states, which do not tell whether they are empty; inputs made of token ids.
 _UNKNOWN = {"decoder_input_ids", "cache_params", "state", "mems", "pixel_values", "input_features", "per_layer_inputs"}
 _DECODER_RULE = "decoder"
-_TASKS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
-_OWN_TASKS = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+_GENERATING = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
 
 def is_backbone(module: nn.Module) -> bool:
@@ -76,6 +75,11 @@ def backbone_path(model: nn.Module) -> str:
     return found[0]
 
 
+def input_embedding(module: nn.Module) -> Any:
+    """Return the embedding of tokens of a backbone, without adapters."""
+    return unwrapped(module.get_input_embeddings())  # type: ignore[operator]
+
+
 class PromptAdapter(Adapter):
     """Puts virtual tokens in front of the input of a backbone.
 
@@ -86,21 +90,20 @@ class PromptAdapter(Adapter):
 
     def __init__(self, module: nn.Module, num_virtual_tokens: int) -> None:
         super().__init__()
-        embedding, config = unwrapped(module.get_input_embeddings()), module.config  # type: ignore[operator]
+        backbone: Any = module
+        embedding, config = input_embedding(module), backbone.config
         self.num_virtual_tokens = num_virtual_tokens
         # Whether their hidden states are cut off again: not by an encoder, which hands them to its decoder.
         self.cut = True
         self.features: int = embedding.embedding_dim
         self.device: torch.device = embedding.weight.device
-        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads  # type: ignore[union-attr]
-        self.task_type: str | None = None
+        self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
+        self.generates = True
         self.arguments = tuple(inspect.signature(module.forward).parameters)
         self.causal = bool(next((m.is_causal for m in module.modules() if hasattr(m, "is_causal")), True))
         # RoBERTa counts positions from behind that of padding.
-        inner = getattr(module, "embeddings", None)
-        self.padding: int | None = (
-            inner.padding_idx if hasattr(inner, "create_position_ids_from_input_ids") else None  # type: ignore[union-attr, assignment]
-        )
+        counting = hasattr(getattr(module, "embeddings", None), "create_position_ids_from_input_ids")
+        self.padding: int | None = backbone.embeddings.padding_idx if counting else None
 
     @abstractmethod
     def prompts(self) -> Tensor:
@@ -124,10 +127,15 @@ class PromptAdapter(Adapter):
         prompts = self.prompts().to(embeds.dtype).expand(embeds.shape[0], -1, -1)
         given["attention_mask"] = self._mask(given.get("attention_mask"), given)
         given["position_ids"] = self._positions(given.get("position_ids"), module, ids)
-        given["input_ids"], given["inputs_embeds"] = None, torch.cat([prompts, embeds], dim=1)  # (batch, n + length, hidden)
+        given["input_ids"], given["inputs_embeds"] = (
+            None,
+            torch.cat([prompts, embeds], dim=1),
+        )  # (batch, n + length, hidden)
         if given.get("token_type_ids") is not None:
             types = given["token_type_ids"]
-            given["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], self.num_virtual_tokens), types], dim=1)
+            given["token_type_ids"] = torch.cat(
+                [types.new_zeros(types.shape[0], self.num_virtual_tokens), types], dim=1
+            )
         as_dict = given.pop("return_dict", None)
         result = base(**{key: value for key, value in given.items() if value is not None}, return_dict=True)
         if self.cut:
@@ -176,7 +184,9 @@ class PromptAdapter(Adapter):
         yes, no = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
         rows = mask.new_full((*mask.shape[:2], n, n + mask.shape[3]), no)
         seen = torch.ones(n, n + mask.shape[3], dtype=torch.bool, device=mask.device).tril()
-        return torch.cat([rows.masked_fill(seen, yes), _with_visible(mask, n)], dim=2)  # (batch, heads, n + length, n + length)
+        return torch.cat(
+            [rows.masked_fill(seen, yes), _with_visible(mask, n)], dim=2
+        )  # (batch, heads, n + length, n + length)
 
     def _positions(self, positions: Tensor | None, module: Any, ids: Tensor | None) -> Tensor | None:
         """Return positions in which the virtual tokens come first; None where the backbone counts by itself."""
@@ -191,7 +201,9 @@ class PromptAdapter(Adapter):
             )
         first = 0 if self.padding is None else self.padding + 1
         front = torch.arange(first, first + n, device=positions.device).expand(positions.shape[0], -1)
-        moved = positions + n if self.padding is None else torch.where(positions == self.padding, positions, positions + n)
+        moved = (
+            positions + n if self.padding is None else torch.where(positions == self.padding, positions, positions + n)
+        )
         return torch.cat([front, moved], dim=1)  # (batch, n + length)
 
     # -- results -------------------------------------------------------------------------------------------------------
@@ -252,6 +264,7 @@ class PromptMethod(Method):
     identity_at_init: ClassVar[bool] = False
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
+    _file_parts: ClassVar[int] = 1  # of HF PEFT's file: 2 where it stores, and never uses, as many tokens for a decoder
 
     num_virtual_tokens: int = 20
     """Virtual tokens in front of the input."""
@@ -297,13 +310,10 @@ class PromptMethod(Method):
 
     @override
     def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-        kind = type(model).__name__
         for adapter in adapters.values():
             if isinstance(adapter, PromptAdapter):
                 adapter.cut = len(adapters) == 1
-                known = kind.endswith(_OWN_TASKS)
-                task = next((task for word, task in _TASKS.items() if kind.endswith(word)), "FEATURE_EXTRACTION")
-                adapter.task_type = None if known else task
+                adapter.generates = type(model).__name__.endswith(_GENERATING)
 
     # -- files: one tensor, as HF PEFT has it --------------------------------------------------------------------------
 
@@ -321,9 +331,8 @@ class PromptMethod(Method):
         except TargetError as error:
             raise AdapterMismatchError(str(error)) from error
         prompts, n = stored[_FILE_TENSOR], self.num_virtual_tokens
-        if path.endswith("encoder") and len(prompts) == 2 * n:
-            prompts = prompts[:n]  # HF PEFT stores, and never uses, as many for the decoder
-        return {f"{path}.{_FILE_TENSOR}": prompts}
+        whole = len(prompts) == self._file_parts * n
+        return {f"{path}.{_FILE_TENSOR}": prompts[:n] if whole else prompts}  # what has another shape is refused later
 
     @override
     def to_hf_config(self, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -335,27 +344,43 @@ class PromptMethod(Method):
             "num_attention_heads": adapter.heads,
             "num_transformer_submodules": 1,
             "target_modules": None,  # the format has no such key
-            **({"task_type": adapter.task_type} if adapter.task_type else {}),
+            # Without a task HF PEFT ignores the prompt; for those of classification it wants a head in the file.
+            **({} if adapter.generates else {"task_type": "FEATURE_EXTRACTION"}),
         }
 
     @classmethod
-    def check_hf_config(cls, config: Mapping[str, Any], own: Sequence[str]) -> None:
-        """Refuse what HF PEFT's ``config`` sets beyond what all methods of virtual tokens understand, and ``own``.
+    def from_hf_fields(cls, config: Mapping[str, Any], keys: Sequence[str], fields: Mapping[str, Any]) -> Self:
+        """Return the method with ``fields`` and the virtual tokens of HF PEFT's ``config``, of which ``keys`` are understood too.
 
         Raises:
-            AdapterConfigError: there is such a key.
+            AdapterConfigError: ``config`` sets something else, or a field is out of its range.
         """
         for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and key not in own and value not in (None, False, "", [], {}):
+            if key not in _HF_UNDERSTOOD and key not in keys and value not in (None, False, "", [], {}):
                 raise AdapterConfigError(
                     f"this {cls.__name__} does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
                 )
+        try:
+            method = cls(num_virtual_tokens=config.get("num_virtual_tokens"), **fields)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise AdapterConfigError(str(error)) from error
+        if config.get("num_transformer_submodules") == 2:
+            object.__setattr__(method, "_file_parts", 2)
+        return method
 
 
 _HF_UNDERSTOOD = frozenset(
     [
         *("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"),
-        *("peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+        *(
+            "peft_type",
+            "peft_version",
+            "task_type",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+            "auto_mapping",
+        ),
     ]
 )
 

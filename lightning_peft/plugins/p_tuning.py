@@ -12,6 +12,7 @@ How the virtual tokens get into a model is in :mod:`lightning_peft.prompts`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -47,7 +48,9 @@ class TwoWayLSTM(nn.Module):
                 width = 2 * hidden if layer else inputs
                 shapes = {"weight_ih": (4 * hidden, width), "weight_hh": (4 * hidden, hidden)}
                 for name, shape in {**shapes, "bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}.items():
-                    self.register_parameter(f"{name}_l{layer}{way}", nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+                    self.register_parameter(
+                        f"{name}_l{layer}{way}", nn.Parameter(torch.empty(shape, dtype=torch.float32))
+                    )
 
     def reset_parameters(self) -> None:
         """Give the values ``nn.LSTM`` starts with."""
@@ -97,7 +100,7 @@ class EncodedPrompts(PromptAdapter):
                 self.lstm_head = None
                 sizes = [width, hidden, hidden, width]
             layers: list[nn.Module] = []
-            for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+            for inputs, outputs in itertools.pairwise(sizes):
                 layers += [nn.Linear(inputs, outputs, dtype=torch.float32), nn.ReLU()]
             self.mlp_head = nn.Sequential(*layers[:-1])
         self.to_empty(device=self.device)
@@ -183,7 +186,9 @@ class PTuning(PromptMethod):
                 f"dropout={self.dropout!r} with encoder='mlp'"
             )
         if self.dropout and self.num_layers == 1:
-            raise ConfigError(f"PTuning dropout acts between layers of the LSTM, got dropout={self.dropout!r} and num_layers=1")
+            raise ConfigError(
+                f"PTuning dropout acts between layers of the LSTM, got dropout={self.dropout!r} and num_layers=1"
+            )
 
     @override
     def prompt_adapter(self, module: nn.Module) -> PromptAdapter:
@@ -213,7 +218,6 @@ class PTuning(PromptMethod):
         kind, width, depth, dropout = (
             f"encoder_{word}" for word in ("reparameterization_type", "hidden_size", "num_layers", "dropout")
         )
-        cls.check_hf_config(config, (kind, width, depth, dropout))
         encoder = config.get(kind) or "MLP"
         if encoder not in ("MLP", "LSTM"):
             raise AdapterConfigError(f"{kind} is {encoder!r}, but PTuning knows MLP and LSTM")
@@ -222,10 +226,7 @@ class PTuning(PromptMethod):
             # HF PEFT lets torch ignore a dropout that has no place to act.
             layers = config.get(depth, _NUM_LAYERS)
             fields |= {"num_layers": layers, "dropout": 0.0 if layers == 1 else config.get(dropout, 0.0)}
-        try:
-            return cls(num_virtual_tokens=config.get("num_virtual_tokens"), **fields)  # type: ignore[arg-type]
-        except ConfigError as error:
-            raise AdapterConfigError(str(error)) from error
+        return cls.from_hf_fields(config, (kind, width, depth, dropout), fields)
 
 
 @hookimpl

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_peft.adapter_layer import unwrapped
 from lightning_peft.errors import AdapterConfigError, ConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.prompts import PromptAdapter, PromptMethod
+from lightning_peft.prompts import PromptAdapter, PromptMethod, input_embedding
 
 _INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM", "text": "TEXT"}
 _COMMON = 5000
@@ -62,7 +61,7 @@ class PromptEmbeddings(PromptAdapter):
     @override
     @torch.no_grad()
     def reset_parameters(self, base_layer: nn.Module) -> None:
-        embedding = unwrapped(base_layer.get_input_embeddings())  # type: ignore[operator]
+        embedding = input_embedding(base_layer)
         device, common = embedding.weight.device, min(_COMMON, embedding.num_embeddings)
         if self.init == "text":
             ids = torch.tensor(self._tokens(base_layer), device=device)
@@ -140,6 +139,10 @@ class PromptTuning(PromptMethod):
 
     @override
     def loaded_over(self, model: nn.Module) -> Method:
+        return self.filled()
+
+    def filled(self) -> PromptTuning:
+        """Return this method for adapters that get their values from a file."""
         loaded = copy.copy(self)
         object.__setattr__(loaded, "_from_file", True)
         return loaded
@@ -156,20 +159,16 @@ class PromptTuning(PromptMethod):
     @override
     def from_hf_config(cls, config: Mapping[str, Any]) -> PromptTuning:
         words = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
-        cls.check_hf_config(config, words)
         found = config.get("prompt_tuning_init") or "RANDOM"
         init = next((name for name, theirs in _INITS.items() if theirs == found), None)
         if init is None:
             raise AdapterConfigError(
                 f"prompt_tuning_init is {found!r}, but PromptTuning knows {', '.join(_INITS.values())}"
             )
-        fields: dict[str, Any] = {"num_virtual_tokens": config.get("num_virtual_tokens"), "init": init}
+        fields: dict[str, Any] = {"init": init}
         if init == "text":
             fields |= {"text": config.get(words[1]), "tokenizer": config.get(words[2])}
-        try:
-            return cls(**fields).loaded_over(nn.Module())  # type: ignore[return-value]
-        except ConfigError as error:
-            raise AdapterConfigError(str(error)) from error
+        return cls.from_hf_fields(config, words, fields).filled()
 
 
 @hookimpl

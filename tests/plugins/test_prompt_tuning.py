@@ -21,7 +21,7 @@ from lightning_peft import (
     trainable_summary,
 )
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, InjectionError, TargetError
-from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
+from lightning_peft.testing import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 
@@ -33,9 +33,30 @@ _GROUPED = {**_DECODER, "num_key_value_heads": 2, "head_dim": 16}
 _EXPERTS = {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}
 _ENCODER = {**_DECODER, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 _GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0}
-_T5 = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-_BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 64}
-_BART = {**_BART, "vocab_size": 128, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64, "pad_token_id": 0}
+_T5 = {
+    "vocab_size": 128,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "d_model": 64,
+}
+_BART = {
+    **_BART,
+    "vocab_size": 128,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 
 DECODERS = {
     "llama": ("LlamaForCausalLM", _GROUPED),
@@ -56,12 +77,22 @@ DECODERS = {
 OTHERS = {
     "bert": ("BertForMaskedLM", _ENCODER),
     "roberta": ("RobertaForMaskedLM", {**_ENCODER, "pad_token_id": 1}),
-    "distilbert": ("DistilBertForMaskedLM", {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+    ),
     "t5": ("T5ForConditionalGeneration", _T5),
     "bart": ("BartForConditionalGeneration", _BART),
 }
 SIDES = pytest.mark.parametrize("padding", ["none", "left", "right"])
-PLACES = {"gpt2": "transformer", "bloom": "transformer", "gpt_neox": "gpt_neox", "t5": "encoder", "bart": "model.encoder", "opt": "model.decoder"}
+PLACES = {
+    "gpt2": "transformer",
+    "bloom": "transformer",
+    "gpt_neox": "gpt_neox",
+    "t5": "encoder",
+    "bart": "model.encoder",
+    "opt": "model.decoder",
+}
 PLACES |= {family: family for family in ("bert", "roberta", "distilbert")}
 
 
@@ -340,7 +371,11 @@ def test_a_cache_filled_without_the_prompt_is_refused():
     with adapters_disabled(model), torch.no_grad():
         cache = model(input_ids=inputs["input_ids"][:, :8], use_cache=True).past_key_values
     with pytest.raises(InjectionError, match="the cache holds 8 positions, 0 more .* but 5 virtual tokens should be"):
-        logits(model, {"input_ids": inputs["input_ids"][:, 8:], "attention_mask": inputs["attention_mask"]}, past_key_values=cache)
+        logits(
+            model,
+            {"input_ids": inputs["input_ids"][:, 8:], "attention_mask": inputs["attention_mask"]},
+            past_key_values=cache,
+        )
 
 
 def test_what_would_be_silently_wrong_is_refused():
@@ -413,27 +448,36 @@ def test_it_generates_what_hf_peft_generates(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_hf_peft_classifies_alike_with_a_decoder(family, tmp_path):
-    kind = {"llama": transformers.LlamaForSequenceClassification, "gpt2": transformers.GPT2ForSequenceClassification}[family]
+    kind = {"llama": transformers.LlamaForSequenceClassification, "gpt2": transformers.GPT2ForSequenceClassification}[
+        family
+    ]
     model = make(family, kind=kind)
     inject(model, METHOD)
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+    theirs, inputs = PeftModel.from_pretrained(make(family, kind=kind), tmp_path).eval(), batch("none")
+    assert relative(logits(theirs, inputs), logits(model, inputs)) <= 1e-5
 
 
 def test_a_configuration_that_cannot_be_honoured_is_refused(tmp_path):
-    get_peft_model(make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(tmp_path)
+    get_peft_model(make("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).save_pretrained(
+        tmp_path
+    )
     file = tmp_path / "adapter_config.json"
     written = json.loads(file.read_text())
     for change, message in (
         ({"modules_to_save": ["lm_head"]}, r"does not have HF PEFT's 'modules_to_save', .* \['lm_head'\]"),
-        ({"prompt_tuning_init": "GUESS"}, "prompt_tuning_init is 'GUESS', but PromptTuning knows SAMPLE_VOCAB, RANDOM, TEXT"),
+        (
+            {"prompt_tuning_init": "GUESS"},
+            "prompt_tuning_init is 'GUESS', but PromptTuning knows SAMPLE_VOCAB, RANDOM, TEXT",
+        ),
         ({"num_virtual_tokens": None}, "num_virtual_tokens must be a positive integer, got None"),
     ):
         file.write_text(json.dumps({**written, **change}))
         with pytest.raises(AdapterConfigError, match=message):
             load_adapter(make("llama"), tmp_path)
     file.write_text(json.dumps(written))
-    with pytest.raises(AdapterMismatchError, match="Sequential has no backbones"):
+    with pytest.raises(AdapterMismatchError, match="Sequential has no backbones; virtual tokens go in front"):
         load_adapter(nn.Sequential(nn.Linear(4, 4)), tmp_path)
 
 
@@ -488,7 +532,13 @@ def test_random_values_have_the_mean_and_the_deviation_of_the_embeddings():
     model = tiny_llama()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(torch.linspace(1, 5, 64)).add_(torch.linspace(-3, 3, 64))
-    inject(model, PromptTuning(num_virtual_tokens=50, init="random", ))
+    inject(
+        model,
+        PromptTuning(
+            num_virtual_tokens=50,
+            init="random",
+        ),
+    )
     table, found = model.get_input_embeddings().weight, prompts(model)
     assert relative(found.mean(0), table.mean(0)) < 0.1
     assert relative(found.std(0), table.std(0)) < 0.5
@@ -515,9 +565,13 @@ def test_fields_out_of_range_are_refused(fields, message):
 
 
 def test_what_has_no_backbone_inside_is_refused():
-    with pytest.raises(TargetError, match="which PromptTuning cannot adapt; virtual tokens go in front of one backbone"):
+    with pytest.raises(
+        TargetError, match="which PromptTuning cannot adapt; virtual tokens go in front of one backbone"
+    ):
         inject(tiny_llama().model, METHOD)
-    with pytest.raises(TargetError, match="which PromptTuning cannot adapt; virtual tokens go in front of one backbone"):
+    with pytest.raises(
+        TargetError, match="which PromptTuning cannot adapt; virtual tokens go in front of one backbone"
+    ):
         inject(nn.Sequential(nn.Linear(4, 4)), METHOD)
     with pytest.raises(TargetError, match="'q_proj' matches .* a Linear, which PromptTuning cannot adapt"):
         inject(tiny_llama(), METHOD, "q_proj")
@@ -552,7 +606,9 @@ def test_other_targets_than_the_backbone_are_refused():
 
 
 def test_no_more_virtual_tokens_than_positions():
-    with pytest.raises(TargetError, match="num_virtual_tokens=64 leaves no room for tokens in the 64 positions of GPT2LMHead"):
+    with pytest.raises(
+        TargetError, match="num_virtual_tokens=64 leaves no room for tokens in the 64 positions of GPT2LMHead"
+    ):
         inject(tiny_gpt2(), PromptTuning(num_virtual_tokens=64))
 
 
