@@ -25,59 +25,14 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.backbones import NEEDED, backbone_path, input_embedding, is_backbone
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, InjectionError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.interfaces import Adapter, Method, Target
 
 _FILE_TENSOR = "prompt_embeddings"
-_PLACE = r"[^.]+(\.(encoder|decoder))?"
-_NEEDED = {"input_ids", "inputs_embeds", "attention_mask"}
-# Encoders with decoders in one call; recurrent states, which do not tell whether they are empty; inputs made of token ids.
-_UNKNOWN = {"decoder_input_ids", "cache_params", "state", "mems", "pixel_values", "input_features", "per_layer_inputs"}
 _DECODER_RULE = "decoder"
 _GENERATING = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
-
-
-def is_backbone(module: nn.Module) -> bool:
-    """Tell whether ``module`` is a model of transformers that turns tokens into hidden states, and not one that leaves it to another."""
-    inner = [unwrapped(child) for name, child in module.named_children() if name in ("encoder", "decoder")]
-    return _takes_embeddings(module) and not any(_takes_embeddings(child) for child in inner)
-
-
-def _takes_embeddings(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    if config is None or not callable(getattr(module, "get_input_embeddings", None)):
-        return False
-    try:
-        embedding = module.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return False
-    names = set(inspect.signature(module.forward).parameters)
-    # T5 has one class for both, which says what it is.
-    pair = "encoder_hidden_states" in names and getattr(config, "is_encoder_decoder", False)
-    beside_an_encoder = getattr(module, "is_decoder", pair)
-    known = names >= _NEEDED and not names & _UNKNOWN
-    return known and not beside_an_encoder and hasattr(embedding, "embedding_dim")
-
-
-def backbone_path(model: nn.Module) -> str:
-    """Return where the backbone of ``model`` is.
-
-    Raises:
-        TargetError: there is none, or more than one.
-    """
-    modules = {path: unwrapped(module) for path, module in base_modules(model)}
-    found = [path for path, module in modules.items() if re.fullmatch(_PLACE, path) and is_backbone(module)]
-    if len(found) != 1:
-        raise TargetError(
-            f"{type(model).__name__} has {len(found) or 'no'} backbones{f' ({found})' if found else ''}; {PromptMethod.target_refusal}"
-        )
-    return found[0]
-
-
-def input_embedding(module: nn.Module) -> Any:
-    """Return the embedding of tokens of a backbone, without adapters."""
-    return unwrapped(module.get_input_embeddings())  # type: ignore[operator]
 
 
 class PromptAdapter(Adapter):
@@ -256,11 +211,8 @@ class CrossAttentionMask(Adapter):
 class PromptMethod(Method):
     """What methods of virtual tokens share: where they go, and the one tensor of their files."""
 
-    default_targets: ClassVar[tuple[str, ...]] = (f"re:{_PLACE}",)
-    target_refusal: ClassVar[str] = (
-        "virtual tokens go in front of one backbone of transformers (a decoder, an encoder, or an encoder with a decoder, that takes "
-        "inputs_embeds and a cache of keys and values) inside a model with a head; put a bare backbone inside another module"
-    )
+    default_targets: ClassVar[tuple[str, ...]] = ("re:.*",)
+    target_refusal: ClassVar[str] = NEEDED
     identity_at_init: ClassVar[bool] = False
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
@@ -284,18 +236,13 @@ class PromptMethod(Method):
 
     @override
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
-        path, name = backbone_path(model), type(self).__name__
-        target = next((target for target in targets if target.path == path), None)
-        if target is None or len(targets) > 1:
-            raise TargetError(
-                f"{name} was asked to adapt {sorted(t.path for t in targets)}, but the backbone of {type(model).__name__} is {path!r}; leave "
-                "the targets out"
-            )
+        path = backbone_path(model)
+        (target,) = targets  # as there is one backbone, and nothing else is supported
         modules = {place: unwrapped(module) for place, module in base_modules(model)}
         room = getattr(modules[path].config, "max_position_embeddings", None) or math.inf
         if room <= self.num_virtual_tokens:
             raise TargetError(
-                f"{name} num_virtual_tokens={self.num_virtual_tokens} leaves no room for tokens in the {room} positions of "
+                f"{type(self).__name__} num_virtual_tokens={self.num_virtual_tokens} leaves no room for tokens in the {room} positions of "
                 f"{type(model).__name__}; use fewer"
             )
         decoder = re.sub(r"encoder$", "decoder", path)

@@ -86,7 +86,7 @@ def inject(
         known,
         supports=method.supports,
         method=type(method).__name__,
-        refusal=method.target_refusal,
+        refusal=method.target_refusal.format(model=type(model).__name__),
     )
     if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
         _warn_of_fused_experts(model)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.backbones import input_embedding
 from lightning_peft.errors import AdapterConfigError, ConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.prompts import PromptAdapter, PromptMethod, input_embedding
+from lightning_peft.prompts import PromptAdapter, PromptMethod
 
 _INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM", "text": "TEXT"}
 _COMMON = 5000
