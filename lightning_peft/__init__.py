@@ -62,8 +62,10 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
+    from lightning_peft.plugins.p_tuning import PTuning as PTuning
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
     from lightning_peft.plugins.prefix_tuning import PrefixTuning as PrefixTuning
+    from lightning_peft.plugins.prompt_tuning import PromptTuning as PromptTuning
     from lightning_peft.plugins.qlora import QLoRA as QLoRA
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
@@ -118,11 +120,13 @@ _HOME = {
     "PEFTCLI": "cli",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
+    "PTuning": "plugins.p_tuning",
     "Perplexity": "plugins.eval_tasks",
     "Phase": "callbacks",
     "PhaseSchedule": "callbacks",
     "PiSSA": "plugins.pissa",
     "PrefixTuning": "plugins.prefix_tuning",
+    "PromptTuning": "plugins.prompt_tuning",
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",

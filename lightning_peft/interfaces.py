@@ -187,6 +187,8 @@ class Method(_Named, ABC):
 
     default_targets: ClassVar[tuple[str, ...]] = ("all_linear",)
     """Targets used when none are given."""
+    target_refusal: ClassVar[str] = "name the modules inside it, or another role"
+    """How :class:`~lightning_peft.errors.TargetError` goes on where a target cannot be adapted; ``{model}`` is the class of the model."""
     identity_at_init: ClassVar[bool] = True
     """A fresh adapter leaves the output as it is, bit for bit."""
     mergeable: ClassVar[bool] = False

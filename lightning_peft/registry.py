@@ -48,6 +48,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
     "lightning_peft.plugins.prefix_tuning",
+    "lightning_peft.plugins.prompt_tuning",
+    "lightning_peft.plugins.p_tuning",
     "lightning_peft.plugins.top_layers",
     "lightning_peft.plugins.full",
     "lightning_peft.plugins.vera",

@@ -105,6 +105,7 @@ def plan(
         family,
         supports=method.supports,
         method=type(method).__name__,
+        refusal=method.target_refusal.format(model=type(model).__name__),
     )
     if targets is None:  # nobody asked for these by name
         chosen = [target for target in chosen if not inside(target.path, [root.path for root in saved])]

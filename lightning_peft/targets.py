@@ -89,6 +89,7 @@ def resolve_targets(
     *,
     supports: Callable[[nn.Module], bool] = lambda module: True,
     method: str = "the method",
+    refusal: str = "name the modules inside it, or another role",
 ) -> list[Target]:
     """Return the places of ``model`` that ``targets`` name, in the order of the model.
 
@@ -99,12 +100,13 @@ def resolve_targets(
         supports: whether a module can be adapted. A role or a pattern with wildcards selects among what it matches by
             this; a pattern without wildcards must match nothing else.
         method: who asks, for messages.
+        refusal: what to do where a target cannot be adapted, for messages.
 
     Raises:
         TargetError: a target matches nothing, or nothing that can be adapted.
     """
     spec = Targets.of(targets)
-    search = _Search(model, family, supports, method)
+    search = _Search(model, family, supports, method, refusal)
     found: dict[str, _Hits] = {}
     excluded: dict[str, _Hits] = {}
     for word in spec.include:
@@ -137,16 +139,21 @@ def resolve_targets(
 
 def matches(word: str, model: nn.Module, family: ModelFamily) -> set[str]:
     """Return the paths of all modules that one target matches; an empty set where it matches none."""
-    return set(_Search(model, family, lambda module: True, "")._candidates(word))
+    return set(_Search(model, family, lambda module: True)._candidates(word))
 
 
 class _Search:
     """Looks targets up in one model."""
 
     def __init__(
-        self, model: nn.Module, family: ModelFamily, supports: Callable[[nn.Module], bool], method: str
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        supports: Callable[[nn.Module], bool],
+        method: str = "",
+        refusal: str = "",
     ) -> None:
-        self.model, self.family, self.supports, self.method = model, family, supports, method
+        self.model, self.family, self.supports, self.method, self.refusal = model, family, supports, method, refusal
         self.modules = {path: unwrapped(module) for path, module in base_modules(model) if path}
         self.config = getattr(model, "config", None)
         # Module to the nn.MultiheadAttention around it, which computes with its weight and does not call it.
@@ -195,7 +202,7 @@ class _Search:
                 f"{what} is never called: the nn.MultiheadAttention around it reads its weight; "
                 f"name that, {self.bypassed[path]!r}"
             )
-        return f"{what} {self.method} cannot adapt; name the modules inside it, or another role"
+        return f"{what} {self.method} cannot adapt; {self.refusal}"
 
     def _candidates(self, word: str) -> list[str]:
         if word in self.family.role_names:
