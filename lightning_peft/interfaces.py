@@ -116,9 +116,13 @@ class Adapter(nn.Module, ABC):
 
     def disk_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by the name and shape they have in an adapter file, as views wherever possible."""
-        state = dict(self.named_parameters())
-        buffers = {key: value for key, value in self.state_dict(keep_vars=True).items() if key not in state}
-        return state | buffers
+        state: dict[str, Tensor] = dict(self.named_parameters())
+        # Not by way of state_dict(): under FSDP2 that call frees gathered parameters such as those just listed.
+        for path, module in self.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    state[f"{path}.{name}" if path else name] = buffer
+        return state
 
     def export_state(self) -> dict[str, Tensor]:
         """Return what an adapter file holds for this place."""
@@ -194,6 +198,8 @@ class Method(_Named, ABC):
     """The method works over a base layer whose weights are quantised."""
     exact_packed_base: ClassVar[bool] = False
     """The adapter belongs to the packed weights it was trained over, bit for bit: its folder names them and refuses others."""
+    fsdp_ready: ClassVar[bool] = True
+    """Adapters train under FSDP2's ``fully_shard`` as they do without."""
     peft_type: ClassVar[str | None] = None
     """The ``peft_type`` under which HF PEFT knows the method, or None.
 

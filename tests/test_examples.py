@@ -51,6 +51,21 @@ def test_a_configuration_begins_with_how_to_run_it(config):
     assert (DATA in text) == (f"export {DATA}=" in comment)
 
 
+ON_REAL_DATA = [file for file in sorted(CONFIGS.glob("*.yaml")) if DATA in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.skipif(DATA not in os.environ, reason=f"{DATA} does not name the folder of models and data")
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("config", ON_REAL_DATA, ids=lambda config: config.stem)
+def test_a_configuration_runs(config, working_directory):
+    few = ["max_steps=1", "limit_val_batches=1", "val_check_interval=1", "log_every_n_steps=1"]
+    few += ["accelerator=cpu", "enable_progress_bar=false"]
+    small = ["max_train_tokens=8192", "max_val_tokens=1024"]
+    options = [*(f"--trainer.{option}" for option in few), *(f"--data.init_args.{option}" for option in small)]
+    assert main(["fit", "--config", str(config), *options]) in (0, None)
+    assert list(working_directory.rglob("adapter_model.safetensors"))
+
+
 @pytest.mark.skipif(DATA not in os.environ, reason=f"{DATA} does not name the folder of models and data")
 def test_the_real_model_trains_for_a_few_steps(working_directory):
     config = CONFIGS / "stories260k_e2e.yaml"

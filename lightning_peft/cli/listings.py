@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from lightning_peft.interfaces import Method
-    from lightning_peft.registry import Registry
-
-CAPABILITIES = ("identity_at_init", "mergeable", "row_routable", "quantized_base")
-"""Class attributes of a method that are columns of the table."""
+# No name of another module in signatures: the parser would import it to read them.
 
 
-def methods() -> None:
-    """List the adaptation methods that are installed."""
+def methods(markdown: bool = False) -> None:
+    """List the adaptation methods that are installed, and what each can do.
+
+    Args:
+        markdown: print the table as Markdown, as it stands in the documentation.
+    """
+    from lightning_peft.cli.capabilities import capability_matrix, markdown_table, package_of
+
     registry = _registry()
-    table = _table("name", "class", "HF PEFT type", "default targets", *CAPABILITIES, "package")
-    for name, method in sorted(registry.methods.items()):
-        able = ["yes" if getattr(method, capability) else "no" for capability in CAPABILITIES]
-        targets = ", ".join(method.default_targets)
-        table.add_row(name, method.__name__, method.peft_type or "-", targets, *able, _package(registry, method))
+    headings, rows = capability_matrix(registry)
+    if markdown:
+        print("\n".join(markdown_table(headings, rows)))
+        return
+    table = _table(*headings, "default targets", "package")
+    for (name, method), row in zip(sorted(registry.methods.items()), rows, strict=True):
+        table.add_row(*row, ", ".join(method.default_targets), package_of(registry, registry.methods[name]))
     _print(table)
 
 
@@ -37,7 +38,7 @@ def plugins() -> None:
     _print(table)
 
 
-def _registry() -> Registry:
+def _registry() -> Any:
     from lightning_peft.errors import LightningPEFTWarning
     from lightning_peft.registry import get_registry
 
@@ -46,17 +47,7 @@ def _registry() -> Registry:
         return get_registry()
 
 
-def _package(registry: Registry, method: type[Method]) -> str:
-    """Return the package, with its version where it is known, that registered ``method``."""
-    from lightning_peft import __version__
-
-    plugin = next((plugin for plugin in registry.plugins if method.name in plugin.provides.get("method", ())), None)
-    if plugin is None or plugin.builtin:
-        return f"lightning-peft {__version__}"
-    return plugin.source.partition(" (")[0]
-
-
-def _table(*columns: str) -> Table:
+def _table(*columns: str) -> Any:
     from rich.table import Table
 
     table = Table()
@@ -65,7 +56,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def _print(table: Any) -> None:
     from rich.console import Console
 
     # In a pipe or a file a row is a line, whatever its width.

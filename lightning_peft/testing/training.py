@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.activation import adapters_disabled
 from lightning_peft.adapter_layer import base_parameters
+from lightning_peft.calibration import initialize_from_data
+from lightning_peft.interfaces import Method
+from lightning_peft.state import adapter_state_dict
 from lightning_peft.testing.subject import (
     Subject,
     adapter_parameters,
@@ -37,12 +41,35 @@ class TrainingTests(Subject):
         )
 
     def test_a_fresh_adapter_is_the_base(self) -> None:
-        """With ``identity_at_init`` training starts at the base, bit for bit."""
-        self.need("identity_at_init")
+        """With ``identity_at_init`` training starts at the base, bit for bit; without, it really starts elsewhere."""
         fresh, base = self.outputs(self.adapted()), self.outputs(self.base())
+        if not self.method.identity_at_init:
+            assert not torch.equal(fresh, base), (
+                "a fresh adapter leaves the output as it is: set identity_at_init = True"
+            )
+            return
         assert torch.equal(fresh, base), (
             "a fresh adapter changes the output; start it as the identity in reset_parameters, or set identity_at_init = False"
         )
+
+    def test_values_come_from_data_where_they_are_said_to(self) -> None:
+        """With ``data_driven`` batches change a fresh adapter, and nothing else; the declared identity stays."""
+        if not self.method.data_driven:
+            assert type(self.method).initialize is Method.initialize, (
+                "initialize is never called: set data_driven = True"
+            )
+            pytest.skip(f"{self.method.name} declares data_driven = False")
+        model = self.adapted()
+        fresh, before = adapter_state_dict(model), base_tensors(model)
+        fresh = {name: tensor.clone() for name, tensor in fresh.items()}
+        batches = [self.inputs(seed) for seed in range(8)]
+        initialize_from_data(model, batches, lambda batch: self.loss(self.forward(model, batch)))
+        assert differing(fresh, adapter_state_dict(model)), "data changed no tensor of the adapter"
+        assert not differing(before, base_tensors(model)), "taking values from data changed the base"
+        if self.method.identity_at_init:
+            assert torch.equal(self.outputs(model), self.outputs(self.base())), (
+                "with values from data a fresh adapter changes the output; keep the identity or set identity_at_init = False"
+            )
 
     def test_only_adapter_parameters_are_trained(self) -> None:
         """The base is frozen, the adapter is not."""
