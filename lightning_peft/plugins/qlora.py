@@ -7,8 +7,8 @@ Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023 (arXiv:23
     x ──┬── dequantised(W) (4 bits) ───(+)── y        A: (rank, in)   random, float32
         └── A ── B ── s ────────────────┘             B: (out, rank)  zero, float32
 
-:meth:`QLoRA.prepare` quantises the base, one layer after the other. Everything else is LoRA's: the one method here that
-builds on another. Its files are LoRA's too, so HF PEFT reads them, and over a base in 16 or 32 bit they are a LoRA adapter.
+:meth:`QLoRA.prepare` quantises the base, one layer after the other. Everything else is LoRA's.
+Its files are LoRA's too, so HF PEFT reads them, and over a base in 16 or 32 bit they are a LoRA adapter.
 """
 
 from __future__ import annotations
