@@ -45,9 +45,11 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
+    from lightning_peft.plugins.eva import EVA as EVA
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
+    from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
@@ -77,6 +79,7 @@ _HOME = {
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
+    "EVA": "plugins.eva",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
@@ -87,6 +90,7 @@ _HOME = {
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
+    "LoRAGA": "plugins.lora_ga",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
     "ModelFamily": "families",

@@ -38,6 +38,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.pissa",
     "lightning_peft.plugins.olora",
     "lightning_peft.plugins.loftq",
+    "lightning_peft.plugins.eva",
+    "lightning_peft.plugins.lora_ga",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.bitfit",
     "lightning_peft.plugins.norm_tuning",
