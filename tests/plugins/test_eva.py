@@ -1,5 +1,8 @@
 """EVA keeps the contract, its directions are those of an exact decomposition and of HF PEFT, and its ranks survive every way of saving."""
 
+import json
+from itertools import islice
+
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
@@ -35,7 +38,7 @@ class TestEVA(MethodConformance):
 
 
 class TestOnSlicesOfGPT2(MethodConformance):
-    method = EVA(rank=4, rho=3.0, rslora=True, whiten=True, bias="lora_only", rank_pattern={"value": 2})
+    method = EVA(rank=4, rho=3.0, rslora=True, whiten=True, bias="lora_only", rank_pattern={"up": 2})
     targets = Targets(include=["query", "value", "up"])
 
     def model(self):
@@ -49,11 +52,13 @@ class TestAfterData(MethodConformance):
 
     def inject(self, model, name="default"):
         injection = super().inject(model, name)
-        initialize_from_data(model, batches(), name=name)
+        if not next(model.parameters()).is_meta:
+            initialize_from_data(model, batches(), name=name)
         return injection
 
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+LINEAR = [*TARGETS, "o_proj", "gate_proj"]
 
 
 def batches(n=6, rows=6):
@@ -200,7 +205,7 @@ def test_ranks_follow_the_explained_variance_under_the_same_budget(rho):
         explained[path] = values / values.sum()
     # No direction that was left out explains more than one that was taken, beyond the first of each place.
     taken = min(float(explained[path][rank - 1]) for path, rank in found.items() if rank > 1)
-    left = max(float(explained[path][rank]) for path, rank in found.items() if rank < 4 * rho)
+    left = max((float(explained[path][rank]) for path, rank in found.items() if rank < 4 * rho), default=0.0)
     assert left <= taken * (1 + 1e-4)
 
 
@@ -236,35 +241,70 @@ def test_a_place_without_inputs_stays_lora():
 # -- HF PEFT -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rho", "adjust", "whiten"), [(1.0, True, True), (2.0, True, False), (2.0, False, False)])
-def test_it_starts_where_hf_peft_starts(rho, adjust, whiten):
-    data = batches(8, rows=16)
-    settings = EvaConfig(rho=rho, tau=0.95, adjust_scaling_factors=adjust, whiten=whiten)
+def peers(make, data, targets, method):
+    """HF PEFT's low-rank layers by place, after its own initialisation, and ours."""
+    fields = {name: getattr(method, name) for name in ("rho", "tau", "whiten", "adjust_scaling_factors")}
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=TARGETS, init_lora_weights="eva", eva_config=settings
-    )
-    peer = get_peft_model(tiny_llama(), config)
+        task_type="CAUSAL_LM", r=method.rank, lora_alpha=method.alpha, use_rslora=method.rslora, target_modules=targets,
+        init_lora_weights="eva", eva_config=EvaConfig(**fields),
+    )  # fmt: skip
+    peer = get_peft_model(make(), config)
     initialize_lora_eva_weights(peer, dataloader=data, show_progress_bar=False)
     theirs = {path.removeprefix("base_model.model."): m for path, m in peer.named_modules() if hasattr(m, "lora_A")}
-    method = EVA(rank=4, alpha=12, rho=rho, tau=0.95, adjust_scaling_factors=adjust, whiten=whiten)
-    model = started(method, data=data * 20)
-    # Of places that read the same tensor, whose directions explain the same, either may get the last one.
-    key = lambda path: (path.split(".")[2], path.rsplit(".", 1)[1] if "mlp" in path else "attention")
-    groups = {key(path): [] for path in theirs}
-    for path in theirs:
-        groups[key(path)].append(path)
-    for paths in groups.values():
-        assert sorted(ranks(model)[p] for p in paths) == sorted(theirs[p].r["default"] for p in paths), paths
-    for path, adapter in places(model).items():
-        rows = min(adapter.rank, theirs[path].r["default"])
-        A, other = adapter.lora_A[:rows], theirs[path].lora_A["default"].weight[:rows]
-        assert torch.allclose(A.norm(dim=1), other.norm(dim=1), rtol=2e-2)
-        cosines = torch.linalg.svdvals(nn.functional.normalize(A) @ nn.functional.normalize(other).t())
-        assert cosines.min() > 0.98, (path, cosines)
-        if adapter.rank == theirs[path].r["default"]:
+    return theirs, places(started(method, make, targets, data * 40))
+
+
+def angles(adapter, peer):
+    """Cosines of the angles between the spaces that both start in, as far as both go."""
+    A, other = (nn.functional.normalize(x) for x in (adapter.lora_A, peer.lora_A["default"].weight))
+    rows = min(len(A), len(other))
+    return torch.linalg.svdvals(A[:rows] @ other[:rows].t())
+
+
+@pytest.mark.parametrize("options", [{}, {"rho": 3.0, "adjust_scaling_factors": False}, {"rslora": True}])
+def test_on_a_real_model_directions_ranks_and_scales_are_those_of_hf_peft(options, data_dir):
+    from transformers import AutoTokenizer
+
+    folder = str(data_dir / "models" / "stories260k")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with (data_dir / "e2e" / "train.jsonl").open() as file:
+        texts = [f"{row['mr']} => {row['ref']}" for row in map(json.loads, islice(file, 128))]
+    rows = torch.tensor([ids[:40] for text in texts if len(ids := tokenizer(text)["input_ids"]) >= 40])
+    data = [{"input_ids": part, "labels": part} for part in rows.split(16)]
+    theirs, ours = peers(CausalLMLoader(path=folder).load, data, LINEAR, EVA(rank=4, alpha=12, **options))
+    assert ours.keys() == theirs.keys()
+    wanted = {path: peer.r["default"] for path, peer in theirs.items()}
+    # Places that read the same tensor explain the same: which of them gets the last direction is chance. HF PEFT's shares are also a
+    # little small, since it keeps few directions. So one direction of the budget may stand elsewhere, of those that moved at all.
+    assert sum(adapter.rank for adapter in ours.values()) == sum(wanted.values())
+    assert sum(max(0, adapter.rank - wanted[path]) for path, adapter in ours.items()) <= 1
+    assert sum(max(0, 4 - rank) for rank in wanted.values()) >= 5
+    for path, adapter in ours.items():
+        if adapter.rank == wanted[path]:
             assert adapter.scaling == pytest.approx(theirs[path].scaling["default"])
-    if rho > 1:
-        assert len(set(ranks(model).values())) > 1
+        # HF PEFT keeps no more directions than it may need, so the last ones are less exact there.
+        assert angles(adapter, theirs[path])[:-1].min() > 0.98, path
+
+
+def test_where_hf_peft_drops_a_place_here_it_keeps_one_direction():
+    (batch,) = batches(1, rows=16)
+    theirs, ours = peers(tiny_llama, [batch], LINEAR, EVA(rank=4, alpha=12))
+    dropped = ours.keys() - theirs.keys()
+    assert dropped
+    assert {ours[path].rank for path in dropped} == {1}
+    assert sum(a.rank for a in ours.values()) == sum(m.r["default"] for m in theirs.values()) == 4 * len(ours)
+    assert sum(abs(ours[path].rank - peer.r["default"]) for path, peer in theirs.items()) == len(dropped)
+    assert all(angles(ours[path], peer).min() > 0.98 for path, peer in theirs.items())
+
+
+def test_whitened_directions_are_as_long_as_hf_pefts():
+    # HF PEFT 0.21.2 whitens the directions that places share once for each of them, so there are no such places here.
+    theirs, ours = peers(tiny_llama, batches(1, rows=16), ["v_proj", "down_proj"], EVA(rank=4, rho=1.0, whiten=True))
+    for path, peer in theirs.items():
+        ratios = ours[path].lora_A.norm(dim=1) / peer.lora_A["default"].weight.norm(dim=1)
+        assert torch.allclose(ratios / ratios.mean(), torch.ones(4), rtol=3e-2)
+        # How often either takes this one batch, before the directions stay, may differ: singular values grow with its root.
+        assert 0.7 < ratios.mean() < 1.4
 
 
 @pytest.mark.parametrize(("make", "targets"), [(tiny_llama, TARGETS), (tiny_gpt2, ["query", "value", "up"])])
@@ -329,8 +369,8 @@ def test_in_a_trainer_it_takes_batches_by_itself_and_resumes_exactly(llama_dir, 
     def fit(folder, steps, ckpt=None):
         torch.manual_seed(6)
         module = PEFTModule(CausalLMLoader(path=llama_dir), EVA(rank=4, dropout=0.1), TARGETS)
-        data = TextDataModule(tokenizer=llama_dir, train=str(text), block_size=32, batch_size=8)
-        trainer = make_trainer(tmp_path / folder, max_steps=steps)
+        data = TextDataModule(tokenizer=llama_dir, train=str(text), block_size=32, batch_size=8, val=str(text))
+        trainer = make_trainer(tmp_path / folder, max_steps=steps, limit_val_batches=0)
         trainer.fit(module, data, ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / folder / "a.ckpt")
         return module.model
@@ -345,9 +385,9 @@ def test_in_a_trainer_it_takes_batches_by_itself_and_resumes_exactly(llama_dir, 
     # A checkpoint of other ranks than this method may give is refused.
     small = PEFTModule(CausalLMLoader(path=llama_dir), EVA(rank=2, dropout=0.1), TARGETS)
     with pytest.raises(CheckpointMismatchError, match="rank was 4 and is 2"):
-        make_trainer(tmp_path, max_steps=5).fit(
+        make_trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(
             small,
-            TextDataModule(tokenizer=llama_dir, train=str(text), block_size=32),
+            TextDataModule(tokenizer=llama_dir, train=str(text), block_size=32, batch_size=8, val=str(text)),
             ckpt_path=str(tmp_path / "part" / "a.ckpt"),
         )
 
