@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.bitfit import BitFit as BitFit
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.bottleneck import drop_adapters as drop_adapters
-    from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.eva import EVA as EVA
+    from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA

@@ -258,8 +258,9 @@ class LayerInputs:
             joined = PrincipalComponents(self.wanted)
             for state in everyone:
                 if state is not None:
+                    count, total, mean, rows = state
                     device = self.places[path].lora_A.device
-                    joined.join(*(part.to(device) if isinstance(part, Tensor) else part for part in state))
+                    joined.join(count, total, mean.to(device), rows.to(device))
             self.found[path] = joined
 
 

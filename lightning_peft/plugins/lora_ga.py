@@ -246,7 +246,11 @@ class WeightGradients:
     @torch.no_grad()
     def finish(self) -> None:
         """Start the adapters that have not started; in a distributed run all do, from the sum over the processes."""
-        paths = [path for path in self.places if path not in self.started] if self._together else list(self.sums)
+        if self._together:  # "random" draws the same in all of them; who called puts the random state back
+            seed = [torch.initial_seed()]
+            dist.broadcast_object_list(seed)
+            torch.manual_seed(seed[0])
+        paths = list(self.places if self._together else self.sums)
         for path in paths:
             device = self.places[path].lora_A.device
             shape = (self.places[path].out_features, self.places[path].lora_A.shape[1])

@@ -138,7 +138,9 @@ def test_which_tokens_count_is_a_field():
     model = started(EVA(rank=4, rho=1.0, tau=1.0, label_mask=False))
     x = inputs_of(tiny_llama(), path, data, lambda batch: batch["attention_mask"] != 0)
     vectors = torch.linalg.svd(x - x.mean(0), full_matrices=False)[2][:4]
-    assert torch.allclose(places(model)[path].lora_A.double() @ vectors.t() @ vectors, places(model)[path].lora_A.double(), atol=1e-4)
+    assert torch.allclose(
+        places(model)[path].lora_A.double() @ vectors.t() @ vectors, places(model)[path].lora_A.double(), atol=1e-4
+    )
     other = places(started(EVA(rank=4, rho=1.0, tau=1.0)))[path].lora_A
     assert not torch.allclose(other.abs(), places(model)[path].lora_A.abs(), atol=1e-2)
 
