@@ -54,11 +54,13 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.bottleneck import Bottleneck as Bottleneck
     from lightning_peft.plugins.compacter import Compacter as Compacter
     from lightning_peft.plugins.dora import DoRA as DoRA
+    from lightning_peft.plugins.eva import EVA as EVA
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
+    from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
@@ -98,6 +100,7 @@ _HOME = {
     "CausalLMLoader": "loaders",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
+    "EVA": "plugins.eva",
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
@@ -109,6 +112,7 @@ _HOME = {
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
+    "LoRAGA": "plugins.lora_ga",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",

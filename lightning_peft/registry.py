@@ -43,6 +43,8 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.loftq",
     "lightning_peft.plugins.lora_plus",
     "lightning_peft.plugins.adalora",
+    "lightning_peft.plugins.eva",
+    "lightning_peft.plugins.lora_ga",
     "lightning_peft.plugins.bottleneck",
     "lightning_peft.plugins.compacter",
     "lightning_peft.plugins.bitfit",

@@ -388,7 +388,6 @@ def test_tied_rows_that_differ_in_a_file_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modules_to_save": ["norm"]}, r"TrainableTokens does not have HF PEFT's 'modules_to_save', .* \['norm'\]"),
         ({"token_indices": [1, 1]}, "tokens must be given once each, got 1 twice"),
     ],
 )
