@@ -1,7 +1,7 @@
 """Modules that are trained in full beside a method, in the same adapter: a classification head, an embedding.
 
 Like everything that is trained in full they are copies, so that the base stays; the arithmetic is in
-:mod:`lightning_peft.parameter_copies`. A method does not know of them: its own verbs see :func:`own_adapters`.
+:mod:`lightning_peft.arithmetic.parameter_copies`. A method does not know of them: its own verbs see :func:`own_adapters`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import adapters_named, base_modules, unwrapped
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.errors import AdapterMismatchError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.interfaces import HF_PREFIX, Adapter, Method, Target
-from lightning_peft.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.targets import resolve_targets
 
 HEADS = ("classifier", "score")

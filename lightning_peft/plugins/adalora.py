@@ -27,11 +27,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapters_named
+from lightning_peft.arithmetic.low_rank import CONVOLUTIONS, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.singular_triplets import SVDConv, SVDLinear, TripletAdapter
 from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.low_rank import CONVOLUTIONS, LowRankLinear, LowRankSettings
-from lightning_peft.singular_triplets import SVDConv, SVDLinear, TripletAdapter
 from lightning_peft.targets import is_conv1d_linear
 
 

@@ -8,7 +8,7 @@ Ben Zaken, Ravfogel, Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning f
     x ── W (frozen) ──(+)── y
                        b'
 
-Each trained bias is a copy beside the frozen one; the arithmetic is in :mod:`lightning_peft.parameter_copies`.
+Each trained bias is a copy beside the frozen one; the arithmetic is in :mod:`lightning_peft.arithmetic.parameter_copies`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, reads_below
 from lightning_peft.errors import ConfigError, MergeError, TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.parameter_copies import ParameterCopies, reads_below
 from lightning_peft.targets import is_conv1d_linear, is_linear
 
 

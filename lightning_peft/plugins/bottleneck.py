@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.activation import drop_adapters as drop_adapters  # for those who import it from here
-from lightning_peft.bottlenecks import ACTIVATIONS, BottleneckAround, BottleneckMethod, parameters_beside
+from lightning_peft.arithmetic.bottlenecks import ACTIVATIONS, BottleneckAround, BottleneckMethod, parameters_beside
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Target
 

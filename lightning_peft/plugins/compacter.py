@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules
-from lightning_peft.bottlenecks import (
+from lightning_peft.arithmetic.bottlenecks import (
     ACTIVATIONS,
     BottleneckAround,
     BottleneckMethod,

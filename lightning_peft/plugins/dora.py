@@ -8,7 +8,7 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024 (arXiv:2402.0935
         └── A ── B ── s ──────┘                                         B: (out, rank)  zero
                                                                         m: (out,)       ||W||, one norm an output feature
 
-As in section 4.3 of the paper the norm is a constant of backward. The arithmetic is in :mod:`lightning_peft.weight_decomposed`.
+As in section 4.3 of the paper the norm is a constant of backward. The arithmetic is in :mod:`lightning_peft.arithmetic.weight_decomposed`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import Self, override
 
+from lightning_peft.arithmetic.low_rank import CONVOLUTIONS, BiasAdapter
+from lightning_peft.arithmetic.weight_decomposed import (
+    WeightDecomposedConv,
+    WeightDecomposedEmbedding,
+    WeightDecomposedLinear,
+)
 from lightning_peft.errors import TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.low_rank import CONVOLUTIONS, BiasAdapter
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.quantized_layers import unpacked_weight
 from lightning_peft.targets import is_fused_experts
-from lightning_peft.weight_decomposed import WeightDecomposedConv, WeightDecomposedEmbedding, WeightDecomposedLinear
 
 
 @dataclass(frozen=True, kw_only=True)

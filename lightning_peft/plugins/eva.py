@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
+from lightning_peft.arithmetic.initial_pairs import principal_directions
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankLinear
 from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.initial_pairs import principal_directions
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankLinear
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.targets import is_conv1d_linear
 

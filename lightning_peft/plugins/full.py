@@ -6,7 +6,7 @@ The yardstick of all that is parameter-efficient::
 
 The base stays where it is, so that forgetting can be measured and several results can live in one model; the price is a second
 copy of the weights, in float32 at least. Tied weights stay tied. The arithmetic is in
-:mod:`lightning_peft.parameter_copies`.
+:mod:`lightning_peft.arithmetic.parameter_copies`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.errors import TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.parameter_copies import ParameterCopies, parameter_places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.initial_pairs import principal_directions
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankLinear
 from lightning_peft.errors import ConfigError, InjectionError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.initial_pairs import principal_directions
 from lightning_peft.interfaces import Method, Quantizer, Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankLinear
 from lightning_peft.plugins.qlora import QLoRA
 from lightning_peft.quantized_layers import packed_layers
 from lightning_peft.targets import matches

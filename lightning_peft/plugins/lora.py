@@ -8,7 +8,7 @@ Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", 
     x ──┬── W (frozen) ──────────────(+)── y        A: (rank, in)   random
         └── A ── B ── s ──────────────┘             B: (out, rank)  zero, so that a fresh adapter changes nothing
 
-The arithmetic is in :mod:`lightning_peft.low_rank`.
+The arithmetic is in :mod:`lightning_peft.arithmetic.low_rank`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ from torch import nn
 from typing_extensions import Self, override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
-from lightning_peft.families import ModelFamily
-from lightning_peft.hookspecs import hookimpl
-from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.low_rank import (
+from lightning_peft.arithmetic.low_rank import (
     CONVOLUTIONS,
     BiasAdapter,
     LowRankAdapter,
@@ -38,9 +34,8 @@ from lightning_peft.low_rank import (
     LowRankMultiheadAttention,
     LowRankSettings,
 )
-from lightning_peft.low_rank_experts import LowRankExperts, without_parameters
-from lightning_peft.targets import fused_parameters, is_conv1d_linear, is_fused_experts
-from lightning_peft.tied_low_rank import (
+from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
+from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
     TiedEmbedding,
     TiedLinear,
@@ -48,6 +43,11 @@ from lightning_peft.tied_low_rank import (
     tie,
     with_tied,
 )
+from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
+from lightning_peft.families import ModelFamily
+from lightning_peft.hookspecs import hookimpl
+from lightning_peft.interfaces import Adapter, Method, Target
+from lightning_peft.targets import fused_parameters, is_conv1d_linear, is_fused_experts
 
 _BIASED = (nn.Linear, nn.LayerNorm, nn.GroupNorm, *CONVOLUTIONS)
 

@@ -7,7 +7,7 @@ Wang et al., "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", 2024 (a
     y = W x + s (B A - B0 A0) x        A starts at A0, B at B0, s = alpha / rank
 
 A step of gradient descent then moves the weight along ``G A0^T A0 + B0 B0^T G``, the best approximation of G of rank 2 r. The paper
-trains B A over W - s B0 A0; that is the same function, and here the base stays as it is: see :mod:`lightning_peft.initial_pairs`.
+trains B A over W - s B0 A0; that is the same function, and here the base stays as it is: see :mod:`lightning_peft.arithmetic.initial_pairs`.
 
 G is never asked of the weight. It is the product of the gradient of a layer's output and of its input, both of which pass by in
 backward, so the base stays frozen and may be quantised. With one batch each G is decomposed and dropped before the next layer is
@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
+from lightning_peft.arithmetic.initial_pairs import InitialPairLinear, principal_directions
+from lightning_peft.arithmetic.low_rank import LowRankAdapter
 from lightning_peft.errors import ConfigError, LightningPEFTWarning, TargetError
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.initial_pairs import InitialPairLinear, principal_directions
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.low_rank import LowRankAdapter
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.quantized_layers import dense_weight
 from lightning_peft.targets import is_conv1d_linear

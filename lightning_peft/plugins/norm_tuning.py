@@ -5,7 +5,7 @@ Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM F
     y = w' * (x - mean) / deviation + b'       LayerNorm
     y = w' * x / root mean square              RMSNorm
 
-w' and b' start at those of the base. They are copies; the arithmetic is in :mod:`lightning_peft.parameter_copies`. Files are
+w' and b' start at those of the base. They are copies; the arithmetic is in :mod:`lightning_peft.arithmetic.parameter_copies`. Files are
 those of HF PEFT's LN_TUNING.
 """
 
@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, trained_names
 from lightning_peft.errors import AdapterConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.parameter_copies import ParameterCopies, trained_names
 
 
 @dataclass(frozen=True, kw_only=True)

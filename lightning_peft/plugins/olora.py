@@ -7,7 +7,7 @@ Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models"
     y = W x + s (B A - B0 A0) x        A starts at A0, B at B0, s = alpha / rank
 
 The columns of B0 are orthonormal. The paper trains B A over W - s B0 A0, which is the same function; here the base stays as it
-is: see :mod:`lightning_peft.initial_pairs`.
+is: see :mod:`lightning_peft.arithmetic.initial_pairs`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.initial_pairs import InitialPairLinear
+from lightning_peft.arithmetic.low_rank import LowRankAdapter
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.initial_pairs import InitialPairLinear
 from lightning_peft.interfaces import Method, Target
-from lightning_peft.low_rank import LowRankAdapter
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.targets import is_conv1d_linear
 

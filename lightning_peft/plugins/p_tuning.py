@@ -7,7 +7,7 @@ Liu et al., "GPT Understands, Too", 2021 (arXiv:2103.10385)::
     h_1 ... h_L = backbone([P; x_1 ... x_L])[n:]
 
 E is (num_virtual_tokens, hidden) and trained with the network. An adapter folder holds P; a ``.ckpt`` holds E and the network.
-How the virtual tokens get into a model is in :mod:`lightning_peft.prompts`.
+How the virtual tokens get into a model is in :mod:`lightning_peft.arithmetic.prompts`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.prompts import PromptAdapter, PromptMethod
 from lightning_peft.errors import AdapterConfigError, ConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.prompts import PromptAdapter, PromptMethod
 
 _ENCODERS = ("mlp", "lstm")
 _NUM_LAYERS = 2

@@ -8,7 +8,7 @@ Meng et al., "PiSSA: Principal Singular Values and Singular Vectors Adaptation o
     y = W x + s (B A - B0 A0) x        A starts at A0, B at B0, s = alpha / rank
 
 The paper trains B A over the residual W - s B0 A0. That is the same function with the same gradients; here the base stays as it
-is: see :mod:`lightning_peft.initial_pairs`.
+is: see :mod:`lightning_peft.arithmetic.initial_pairs`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.initial_pairs import InitialPairLinear, principal_directions
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.errors import ConfigError
 from lightning_peft.hookspecs import hookimpl
-from lightning_peft.initial_pairs import InitialPairLinear, principal_directions
 from lightning_peft.interfaces import Method, Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.plugins.lora import LoRA
 from lightning_peft.targets import is_conv1d_linear
 

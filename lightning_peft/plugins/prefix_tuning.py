@@ -9,7 +9,7 @@ With ``reparametrize`` the prefixes of all layers come from one small network wh
 
     P = W2 tanh(W1 E + b1) + b2         E: (num_virtual_tokens, width); E, W1, b1 are shared, W2 and b2 belong to a layer
 
-Tokens stand at positions behind the prefix. What does this is in :mod:`lightning_peft.prefixes`.
+Tokens stand at positions behind the prefix. What does this is in :mod:`lightning_peft.arithmetic.prefixes`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
-from lightning_peft.families import ModelFamily
-from lightning_peft.hookspecs import hookimpl
-from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.prefixes import (
+from lightning_peft.arithmetic.prefixes import (
     POSITIONS,
     PrefixAttention,
     PrefixPositions,
@@ -36,6 +32,10 @@ from lightning_peft.prefixes import (
     key_value_heads,
     position_places,
 )
+from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
+from lightning_peft.families import ModelFamily
+from lightning_peft.hookspecs import hookimpl
+from lightning_peft.interfaces import Adapter, Method, Target
 
 _FILE_TENSOR = "prompt_embeddings"
 _POSITIONS_RULE = "positions"

@@ -5,7 +5,7 @@ the paper of LoRA compares with::
 
     h_1 ... h_L = backbone([P; x_1 ... x_L])[n:]        P: (num_virtual_tokens, hidden), trained
 
-How the virtual tokens get into a model is in :mod:`lightning_peft.prompts`.
+How the virtual tokens get into a model is in :mod:`lightning_peft.arithmetic.prompts`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.prompts import PromptAdapter, PromptMethod
 from lightning_peft.backbones import input_embedding
 from lightning_peft.errors import AdapterConfigError, ConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.prompts import PromptAdapter, PromptMethod
 
 _INITS = {"vocabulary": "SAMPLE_VOCAB", "random": "RANDOM", "text": "TEXT"}
 _COMMON = 5000

@@ -8,7 +8,7 @@ quarter of the layers gives nine tenths of the quality::
               frozen            frozen         W' (trained)              W'        W' if asked for
 
 Every module with parameters gets copies of its own, so that the base stays; the arithmetic is in
-:mod:`lightning_peft.parameter_copies`.
+:mod:`lightning_peft.arithmetic.parameter_copies`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.targets import matches
 
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import HF_PREFIX, Adapter, Method, Slice, Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.targets import is_conv1d_linear, is_linear
 
 _PAIR = ("vera_A", "vera_B")

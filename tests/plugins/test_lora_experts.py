@@ -24,6 +24,7 @@ from lightning_peft import (
     unmerge_adapters,
 )
 from lightning_peft.adapter_layer import unwrapped
+from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.errors import (
     AdapterConfigError,
     AdapterMismatchError,
@@ -31,7 +32,6 @@ from lightning_peft.errors import (
     LightningPEFTWarning,
     TargetError,
 )
-from lightning_peft.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.testing import MethodConformance, token_batch
 from lightning_peft.testing.toys import VOCABULARY
 

@@ -3,8 +3,8 @@
 import pytest
 
 from lightning_peft import LoRA, adapter_layers, get_registry, inject
+from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
 from lightning_peft.errors import ConfigError, TargetError
-from lightning_peft.low_rank_experts import LowRankExperts
 from lightning_peft.testing import tiny_llama
 
 FAMILY = {

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankEmbedding, LowRankLinear, LowRankSettings
 from lightning_peft.errors import LightningPEFTWarning, TargetError
 from lightning_peft.interfaces import Adapter, Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankEmbedding, LowRankLinear, LowRankSettings
 from lightning_peft.targets import is_conv1d_linear
 
 TIED_RULE = "tied weights"

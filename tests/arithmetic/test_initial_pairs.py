@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lightning_peft import Slice, Target
+from lightning_peft.arithmetic.initial_pairs import InitialPairLinear, _minuend, principal_directions
+from lightning_peft.arithmetic.low_rank import LowRankSettings
 from lightning_peft.errors import ConfigError, TargetError
-from lightning_peft.initial_pairs import InitialPairLinear, _minuend, principal_directions
-from lightning_peft.low_rank import LowRankSettings
 
 HALVES = (Slice(role="one", groups=2, width=6, start=0, stop=2), Slice(role="two", groups=2, width=6, start=4, stop=6))
 

@@ -21,8 +21,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.low_rank import (
+    LowRankAdapter,
+    LowRankConv,
+    LowRankEmbedding,
+    LowRankLinear,
+    LowRankSettings,
+)
 from lightning_peft.errors import MergeError
-from lightning_peft.low_rank import LowRankAdapter, LowRankConv, LowRankEmbedding, LowRankLinear, LowRankSettings
 
 
 class _WeightDecomposed(LowRankAdapter):

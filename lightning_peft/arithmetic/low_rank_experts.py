@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.errors import AdapterConfigError, InjectionError, TargetError
 from lightning_peft.interfaces import Target
-from lightning_peft.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.targets import fused_parameters
 
 

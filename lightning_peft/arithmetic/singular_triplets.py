@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.low_rank import LowRankAdapter, LowRankConv, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankConv, LowRankLinear, LowRankSettings
 
 _MATRICES = ("lora_A", "lora_E", "lora_B")
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.low_rank import LowRankLinear, LowRankSettings
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.interfaces import Target
-from lightning_peft.low_rank import LowRankLinear, LowRankSettings
 from lightning_peft.quantized_layers import dense_weight
 
 _OVERSAMPLING = 8

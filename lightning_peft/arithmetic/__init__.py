@@ -1,0 +1,15 @@
+"""What methods put around a module: adapters that several methods share, or that are too large for one file with their method.
+
+======================  ===================================================================
+``low_rank``            LoRA on every kind of layer
+``low_rank_experts``    on fused experts of three dimensions
+``tied_low_rank``       on one weight that several modules use
+``weight_decomposed``   a direction and a length (DoRA)
+``singular_triplets``   P diag(E) Q, triplet by triplet (AdaLoRA)
+``initial_pairs``       updates that start from a part of the weight (PiSSA, OLoRA, LoRA-GA)
+``bottlenecks``         where narrow networks stand in a block (Bottleneck, Compacter)
+``parameter_copies``    trainable copies of a module's own parameters
+``prefixes``            keys and values in front of those of attention
+``prompts``             virtual tokens in front of the input
+======================  ===================================================================
+"""
