@@ -6,6 +6,8 @@ last digit. A row is one line, so that methods that come later add theirs.
 
 * LoRA: ``2 x matrices x width x rank``
 * adapter layers: ``adapters x (2 x width x r + r + width) + 2 x norms x width``
+* PreEmbed: ``width x (l_p + l_i)``, all of it in front here
+* PreLayer: ``layers x width x (l_p + l_i)``, which keys and values of half as many positions have as well
 
 Left out, as what is published does not determine them:
 
@@ -14,7 +16,6 @@ Left out, as what is published does not determine them:
 * Table 3, AdapterH on GPT-2 (11.09M): no whole bottleneck width gives it, with trained norms or without.
 * Table 4, fine-tuning GPT-3 (175,255.8M) and BitFit (14.2M): of a model that is not public. One built like GPT-2 has
   174,604M parameters, and 11 widths of biases a block (13.0M), where the paper counts 12.
-* Prefixes and prompts: no method here trains them.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,18 @@ from transformers import (
     RobertaModel,
 )
 
-from lightning_peft import BitFit, Bottleneck, FullFineTuning, LoRA, Method, TopLayers, inject, trainable_summary
+from lightning_peft import (
+    BitFit,
+    Bottleneck,
+    FullFineTuning,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    TopLayers,
+    inject,
+    trainable_summary,
+)
 
 QUERY_VALUE = ("query", "value")
 
@@ -66,6 +78,14 @@ def lora(matrices: int, width: int, rank: int) -> int:
 
 def adapters(count: int, width: int, size: int, norms: int = 0) -> int:
     return count * (2 * width * size + size + width) + 2 * norms * width
+
+
+def pre_embed(width: int, prefix: int, infix: int) -> int:
+    return width * (prefix + infix)
+
+
+def pre_layer(layers: int, width: int, prefix: int, infix: int) -> int:
+    return layers * width * (prefix + infix)
 
 
 def block(width: int) -> int:
@@ -141,6 +161,10 @@ ROWS = [
     Row("Table 4", "GPT-3", "LoRA", "37.7", lora(192, 12288, 8), LoRA(rank=8), QUERY_VALUE),
     Row("Table 4", "GPT-3", "AdapterH", "7.1", adapters(192, 12288, 1), _houlsby(1)),
     Row("Table 4", "GPT-3", "AdapterH", "40.1", adapters(192, 12288, 8), _houlsby(8)),
+    Row("Table 4", "GPT-3", "PreEmbed", "3.2", pre_embed(12288, 256, 8), PromptTuning(num_virtual_tokens=264)),
+    Row("Table 15", "GPT-3", "PreEmbed", "0.9", pre_embed(12288, 64, 8), PromptTuning(num_virtual_tokens=72)),
+    Row("Table 15", "GPT-3", "PreEmbed", "1.7", pre_embed(12288, 128, 8), PromptTuning(num_virtual_tokens=136)),
+    Row("Table 15", "GPT-3", "PreEmbed", "6.4", pre_embed(12288, 512, 8), PromptTuning(num_virtual_tokens=520)),
     Row("Table 15", "GPT-3", "LoRA of Wv", "4.7", lora(96, 12288, 2), LoRA(rank=2), ("value",)),
     Row("Table 15", "GPT-3", "LoRA", "9.4", lora(192, 12288, 2), LoRA(rank=2), QUERY_VALUE),
     Row("Table 15", "GPT-3", "LoRA", "18.9", lora(192, 12288, 4), LoRA(rank=4), QUERY_VALUE),
@@ -155,6 +179,12 @@ MISPRINTED = [
     Row("Table 3", "GPT-2 medium", "FT", "354.92", gpt2(24, 1024), FullFineTuning()),  # 354.82M
     Row("Table 3", "GPT-2 medium", "LoRA", "0.35", lora(48, 1024, 4), LoRA(rank=4), QUERY_VALUE),  # 0.39M
     Row("Table 3", "GPT-2 large", "LoRA", "0.77", lora(72, 1280, 4), LoRA(rank=4), QUERY_VALUE),  # 0.74M
+    Row(
+        "Table 4", "GPT-3", "PreLayer", "20.2", pre_layer(96, 12288, 8, 8), PrefixTuning(num_virtual_tokens=8)
+    ),  # 18.87M
+    Row(
+        "Table 15", "GPT-3", "PreLayer", "76.1", pre_layer(96, 12288, 64, 0), PrefixTuning(num_virtual_tokens=32)
+    ),  # 75.50M
     Row("Table 5", "GPT-3", "LoRA of Wq", "18", lora(96, 12288, 8), LoRA(rank=8), ("query",)),  # 18.87M, cut
 ]
 
