@@ -156,10 +156,7 @@ class PromptAdapter(Adapter):
             )
         first = 0 if self.padding is None else self.padding + 1
         front = torch.arange(first, first + n, device=positions.device).expand(positions.shape[0], -1)
-        moved = (
-            positions + n if self.padding is None else torch.where(positions == self.padding, positions, positions + n)
-        )
-        return torch.cat([front, moved], dim=1)  # (batch, n + length)
+        return torch.cat([front, positions + n], dim=1)  # (batch, n + length)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
