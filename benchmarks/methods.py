@@ -51,7 +51,7 @@ CONTESTANTS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRAPlus": ({"rank": 8}, 5e-4),
     "LoRAFA": ({"rank": 8}, 2e-3),
     "VeRA": ({"rank": 64}, 2e-2),
-    "AdaLoRA": ({"init_rank": 12, "target_rank": 8}, 5e-3),
+    "AdaLoRA": ({"init_rank": 12, "target_rank": 8, "initial_steps": 20, "final_steps": 60}, 5e-3),
     "Bottleneck:houlsby": ({"bottleneck_size": 8}, 2e-3),
     "Bottleneck:pfeiffer": ({"bottleneck_size": 16}, 2e-3),
     "Bottleneck:lin": ({"bottleneck_size": 16}, 2e-3),
@@ -73,7 +73,8 @@ def make(label: str) -> tuple[Any, float]:
     name, _, variant = label.partition(":")
     fields, lr = CONTESTANTS[label]
     kind = getattr(lp, name)
-    return (getattr(kind, variant)(**fields) if variant and hasattr(kind, variant) else kind(**fields)), lr
+    preset = getattr(kind, variant, None) if variant else None
+    return (preset(**fields) if callable(preset) else kind(**fields)), lr
 
 
 def check_complete() -> None:
@@ -103,7 +104,7 @@ def data_module(corpus: str, model: str) -> TextDataModule:
 def train(corpus: str, steps: int, only: list[str]) -> None:
     """Train every method and write one file of figures for each."""
     model = f"{os.environ['LIGHTNING_PEFT_DATA']}/models/stories260k"
-    for label in [BASE, *CONTESTANTS] if not only else only:
+    for label in only or [BASE, *CONTESTANTS]:
         folder = RUNS / corpus / label.replace(":", "-").strip("()").replace(" ", "_")
         seed_everything(1, verbose=False)
         method, lr = make("LoRA" if label == BASE else label)
