@@ -22,7 +22,12 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
 from lightning_peft.mixin import PEFTMixin
-from lightning_peft.optimization import parameter_groups, scale_learning_rates, warn_of_lost_ratios
+from lightning_peft.optimization import (
+    parameter_groups,
+    refuse_paged_on_cpu,
+    scale_learning_rates,
+    warn_of_lost_ratios,
+)
 from lightning_peft.state import load_adapter
 from lightning_peft.targets import Targets
 
@@ -287,6 +292,7 @@ class PEFTModule(PEFTMixin, LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over the trained parameters only; biases and other vectors are not decayed."""
         optimizer = self.optimizer(parameter_groups(self))
+        refuse_paged_on_cpu(optimizer)
         scale_learning_rates(optimizer)
         if self.lr_scheduler is None:
             return optimizer

@@ -58,6 +58,21 @@ def scale_learning_rates(optimizer: Optimizer) -> None:
         group["lr"] = group["lr"] * group[RATIO]
 
 
+def refuse_paged_on_cpu(optimizer: Optimizer) -> None:
+    """Refuse a paged optimizer of bitsandbytes over parameters on a CPU.
+
+    Raises:
+        ConfigError: it would not page: paging is between the memories of a GPU and its host.
+    """
+    devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+    if getattr(optimizer, "is_paged", False) and "cpu" in devices:
+        name = type(optimizer).__name__
+        raise ConfigError(
+            f"{name} pages its state between the memories of a GPU and its host, but the trained parameters are on the CPU; take "
+            f"bitsandbytes.optim.{name.removeprefix('Paged')} or torch.optim.AdamW there"
+        )
+
+
 def warn_of_lost_ratios(optimizer: Optimizer, scheduler: object) -> None:
     """Warn if making ``scheduler`` gave the groups of ``optimizer`` learning rates of its own, other than their ratios ask for."""
     groups = optimizer.param_groups
