@@ -79,7 +79,9 @@ def check_packed(model: nn.Module, folder: AdapterFolder) -> None:
 def saved_roots(model: nn.Module, folder: AdapterFolder) -> tuple[Target, ...]:
     """Return the modules that are trained in full beside the method."""
     if folder.own is None:
-        return saved_by_hf_peft(model, folder.saved_names, (folder.hf or {}).get("task_type"), folder.tensors)
+        return saved_by_hf_peft(
+            model, folder.method, folder.saved_names, (folder.hf or {}).get("task_type"), folder.tensors
+        )
     saved = folder.own.get("modules_to_save", {})
     if not isinstance(saved, dict):
         raise AdapterConfigError(f"{str(folder.path / OWN_CONFIG)!r}: 'modules_to_save' cannot be read: {saved!r}")

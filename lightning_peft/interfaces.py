@@ -217,6 +217,9 @@ class Method(_Named, ABC):
     data_driven: ClassVar[bool] = False
     """Fresh adapters take their initial values from training data, in :meth:`initialize`."""
 
+    hf_prefix: ClassVar[str] = HF_PREFIX
+    """What HF PEFT puts before the path of a module in files of ``peft_type``."""
+
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:
         """Tell whether the method can adapt ``module``."""
@@ -316,7 +319,7 @@ class Method(_Named, ABC):
         HF PEFT puts a prefix before every name, and so does this, where HF PEFT knows the method. A method whose file holds
         something else (one tensor for all places) overrides this and :meth:`placed_tensors`.
         """
-        prefix = HF_PREFIX if self.peft_type else ""
+        prefix = self.hf_prefix if self.peft_type else ""
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
     def placed_tensors(self, model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -327,7 +330,7 @@ class Method(_Named, ABC):
         Raises:
             AdapterMismatchError: a name is not of this method.
         """
-        prefix = HF_PREFIX if self.peft_type else ""
+        prefix = self.hf_prefix if self.peft_type else ""
         for name in stored:
             if not name.startswith(prefix):
                 raise AdapterMismatchError(f"the file has the key {name!r}, which does not start with {prefix!r}")

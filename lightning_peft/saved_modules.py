@@ -15,7 +15,7 @@ from lightning_peft.adapter_layer import adapters_named, base_modules, unwrapped
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.errors import AdapterMismatchError, TargetError
 from lightning_peft.families import ModelFamily
-from lightning_peft.interfaces import HF_PREFIX, Adapter, Method, Target
+from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import resolve_targets
 
 HEADS = ("classifier", "score")
@@ -100,7 +100,7 @@ def saved_places(model: nn.Module, saved: Sequence[Target], adapted: Iterable[st
 
 def file_names(method: Method, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of saved modules by their names in the file of an adapter made by ``method``."""
-    prefix = HF_PREFIX if method.peft_type else ""
+    prefix = method.hf_prefix if method.peft_type else ""
     return {prefix + name: tensor for name, tensor in saved.items()}
 
 
@@ -108,7 +108,7 @@ def split_file(
     method: Method, roots: Sequence[str], stored: Mapping[str, _Value]
 ) -> tuple[dict[str, _Value], dict[str, _Value]]:
     """Return what a file holds for the method, and what it holds for the modules ``roots`` by ``<module path>.<tensor>``."""
-    prefix = HF_PREFIX if method.peft_type else ""
+    prefix = method.hf_prefix if method.peft_type else ""
     saved = {
         name.removeprefix(prefix): value
         for name, value in stored.items()
@@ -117,7 +117,9 @@ def split_file(
     return {name: value for name, value in stored.items() if name.removeprefix(prefix) not in saved}, saved
 
 
-def saved_by_hf_peft(model: nn.Module, names: Sequence[str], task: object, stored: Iterable[str]) -> tuple[Target, ...]:
+def saved_by_hf_peft(
+    model: nn.Module, method: Method, names: Sequence[str], task: object, stored: Iterable[str]
+) -> tuple[Target, ...]:
     """Return the modules of ``model`` that ``modules_to_save`` and ``task_type`` of HF PEFT's configuration name.
 
     HF PEFT compares the ends of paths. In tasks of classification it adds the heads itself, present or not.
@@ -136,7 +138,7 @@ def saved_by_hf_peft(model: nn.Module, names: Sequence[str], task: object, store
         found |= dict.fromkeys(hits, name)
     for name in HEADS if task in _CLASSIFICATION.values() else ():
         held = [path for path in modules if path.endswith(name)]
-        found |= {path: name for path in held if any(key.startswith(f"{HF_PREFIX}{path}.") for key in stored)}
+        found |= {path: name for path in held if any(key.startswith(f"{method.hf_prefix}{path}.") for key in stored)}
     outermost = [path for path in found if not inside(path, [other for other in found if other != path])]
     return tuple(Target(path=path, rule=found[path]) for path in modules if path in outermost)
 

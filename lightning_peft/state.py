@@ -52,7 +52,7 @@ from lightning_peft.errors import (
     LightningPEFTWarning,
 )
 from lightning_peft.injection import Injection, record
-from lightning_peft.interfaces import Adapter
+from lightning_peft.interfaces import HF_PREFIX, Adapter
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import (
     file_names,
@@ -164,6 +164,8 @@ def base_name(model: nn.Module) -> str | None:
 
 def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, Any]:
     task = next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None)
+    if task is None and injection.method.hf_prefix != HF_PREFIX:
+        task = "FEATURE_EXTRACTION"  # without a task HF PEFT ignores what it puts around a whole model
     config = {
         "peft_type": injection.method.peft_type,
         "task_type": task,

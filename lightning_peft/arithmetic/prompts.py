@@ -32,7 +32,6 @@ from lightning_peft.interfaces import Adapter, Method, Target
 
 _FILE_TENSOR = "prompt_embeddings"
 _DECODER_RULE = "decoder"
-_GENERATING = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
 
 
 class PromptAdapter(Adapter):
@@ -53,7 +52,6 @@ class PromptAdapter(Adapter):
         self.features: int = embedding.embedding_dim
         self.device: torch.device = embedding.weight.device
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
-        self.generates = True
         self.arguments = tuple(inspect.signature(module.forward).parameters)
         self.causal = bool(next((m.is_causal for m in module.modules() if hasattr(m, "is_causal")), True))
         # RoBERTa counts positions from behind that of padding.
@@ -257,7 +255,6 @@ class PromptMethod(Method):
         for adapter in adapters.values():
             if isinstance(adapter, PromptAdapter):
                 adapter.cut = len(adapters) == 1
-                adapter.generates = type(model).__name__.endswith(_GENERATING)
 
     # -- files: one tensor, as HF PEFT has it --------------------------------------------------------------------------
 
@@ -288,8 +285,6 @@ class PromptMethod(Method):
             "num_attention_heads": adapter.heads,
             "num_transformer_submodules": 1,
             "target_modules": None,  # the format has no such key
-            # Without a task HF PEFT ignores the prompt; for those of classification it wants a head in the file.
-            **({} if adapter.generates else {"task_type": "FEATURE_EXTRACTION"}),
         }
 
     @classmethod

@@ -157,6 +157,7 @@ class PTuning(PromptMethod):
 
     name: ClassVar[str] = "p_tuning"
     peft_type: ClassVar[str | None] = "P_TUNING"
+    hf_prefix: ClassVar[str] = "base_model."
 
     encoder: Literal["mlp", "lstm"] = "mlp"
     """The network: three linear layers, or an LSTM of both directions with two linear layers."""

@@ -61,6 +61,7 @@ class PrefixTuning(Method):
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    hf_prefix: ClassVar[str] = "base_model."
 
     num_virtual_tokens: int = 20
     """Positions in front of the input, the length of the prefix."""

@@ -106,6 +106,7 @@ class PromptTuning(PromptMethod):
 
     name: ClassVar[str] = "prompt_tuning"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    hf_prefix: ClassVar[str] = "base_model."
     _from_file: ClassVar[bool] = False  # values come from a file, so that no tokenizer is asked for the first ones
 
     init: Literal["vocabulary", "random", "text"] = "vocabulary"

@@ -466,7 +466,6 @@ def test_a_configuration_that_cannot_be_honoured_is_refused(tmp_path):
     file = tmp_path / "adapter_config.json"
     written = json.loads(file.read_text())
     for change, message in (
-        ({"modules_to_save": ["lm_head"]}, r"does not have HF PEFT's 'modules_to_save', .* \['lm_head'\]"),
         (
             {"prompt_tuning_init": "GUESS"},
             "prompt_tuning_init is 'GUESS', but PromptTuning knows SAMPLE_VOCAB, RANDOM, TEXT",
