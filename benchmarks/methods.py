@@ -242,7 +242,8 @@ thread, {machine}, torch {torch}. *E2E* and *Shakespeare* are held-out losses a 
 *stories* is the loss on what the model knew before: what stands above the row of the base is forgotten. Learning rates are
 common ones for each kind of method and were not tuned, so a row says what the method does at that rate, not the best it can do.
 Step times are medians of {rounds} rounds in which every method takes one step in turn on the same batch; the last column is the median
-ratio to LoRA's step in the same round. On a model this small the fixed cost of Python weighs more than on a large one.
+ratio to LoRA's step in the same round, on a machine that does other work too. On a model this small the fixed cost of Python weighs
+more than on a large one.
 
 {table}
 
