@@ -20,6 +20,7 @@ from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_ma
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.interfaces import Adapter
+from lightning_peft.optimizer_settings import SameOptimizers
 from lightning_peft.resuming import ExactResume
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ else:
     _Host = object
 
 
-class PEFTMixin(AdapterTraining, ExactResume, _Host):
+class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     """Makes checkpoints of a LightningModule hold adapters only, and resume exactly or not at all.
 
     Put it before ``LightningModule``, and call :func:`~lightning_peft.inject` in ``configure_model``::
@@ -43,7 +44,8 @@ class PEFTMixin(AdapterTraining, ExactResume, _Host):
     holds is saved as always: a head of its own, and parameters of the base that were unfrozen after :func:`inject`.
     A hook of this class that you override must call ``super()``.
 
-    A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`.
+    A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`. With other settings of optimizers
+    or schedulers, which Lightning would overwrite, it is refused.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
