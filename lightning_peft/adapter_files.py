@@ -72,6 +72,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     own = _read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
     hf = _read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
     if own is None and hf is None:
+        if inner := inner_adapters(folder):
+            raise AdapterFileError(
+                f"{str(folder)!r} holds several adapters in the folders {inner[:10]}; load them together with load_adapters, or one of them, such as "
+                f"{str(folder / inner[0])!r}"
+            )
         raise AdapterFileError(
             f"{str(folder)!r} has neither {OWN_CONFIG} nor {HF_CONFIG}: it holds {sorted(p.name for p in folder.iterdir())[:10]}"
         )
@@ -91,6 +96,16 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
     method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
     return AdapterFolder(path=folder, method=method, tensors=stored, own=own, hf=hf)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Tell whether a folder is that of one adapter."""
+    return any((folder / file).is_file() for file in (OWN_CONFIG, HF_CONFIG))
+
+
+def inner_adapters(folder: Path) -> list[str]:
+    """Return the names of the adapter folders inside a folder."""
+    return sorted(child.name for child in folder.iterdir() if is_adapter(child))
 
 
 def _verify(folder: Path, own: Mapping[str, Any], weights: bytes) -> None:

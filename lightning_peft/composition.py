@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_peft.activation import active_adapters, set_active_adapters
-from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, to_json_bytes, write_file
+from lightning_peft.adapter_files import inner_adapters, is_adapter, to_json_bytes, write_file
 from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
 from lightning_peft.families import ModelFamily
@@ -245,8 +245,8 @@ def _folder_of(folder: Path, name: str) -> Path:
 def _index(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the adapters of a folder, and those that are active."""
     if not holds_several(folder):
-        inner = sorted(child.name for child in folder.iterdir() if _is_adapter(child)) if folder.is_dir() else []
-        found = [*(["default"] if _is_adapter(folder) else []), *(name for name in inner if name != "default")]
+        inner = inner_adapters(folder) if folder.is_dir() else []
+        found = [*(["default"] if is_adapter(folder) else []), *(name for name in inner if name != "default")]
         if not found:
             raise AdapterFileError(f"{str(folder)!r} holds no adapter, neither itself nor in a folder inside it")
         return found, found
@@ -270,7 +270,3 @@ def _index(folder: Path) -> tuple[list[str], list[str]]:
             f"{str(file)!r} must name each adapter once, the active ones among them: {names}, {active}"
         )
     return names, active
-
-
-def _is_adapter(folder: Path) -> bool:
-    return any((folder / file).is_file() for file in (OWN_CONFIG, HF_CONFIG))

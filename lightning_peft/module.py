@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
-from lightning_peft.composition import Adaptation, inject_all, named
+from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
 from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
@@ -61,7 +61,8 @@ class PEFTModule(PEFTMixin, LightningModule):
             innermost, each under a name of its own.
         targets: what to adapt: roles, globs, ``re:`` expressions or :class:`Targets`; the method's default if None.
         modules_to_save: modules to train in full beside the method, such as a head that is new, in the same adapter.
-        adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out.
+        adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out. Of a folder that
+            was saved for several adapters all are trained, under their names, and those are active that were.
         name: name of the adapter in the model, where there is one method.
         optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
         lr_scheduler: makes the learning-rate scheduler from the optimizer.
@@ -106,6 +107,10 @@ class PEFTModule(PEFTMixin, LightningModule):
             raise ConfigError(
                 f"an adapter folder brings its own places; leave out targets={targets!r} and modules_to_save={modules_to_save!r}"
             )
+        if adapter is not None and name != "default" and holds_several(adapter):
+            raise ConfigError(
+                f"{adapter!r} was saved with names for its adapters, which they keep; leave out name={name!r}, or give the folder of one of them"
+            )
         if lr_interval not in ("step", "epoch"):
             raise ConfigError(f"lr_interval must be 'step' or 'epoch', got {lr_interval!r}")
         if not isinstance(base, (nn.Module, ModelLoader)):
@@ -142,7 +147,10 @@ class PEFTModule(PEFTMixin, LightningModule):
         base = self.__dict__["_base"]
         if self.adapter is not None:
             model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
-            load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
+            if holds_several(self.adapter):
+                load_adapters(model, self.adapter, trainable=True)
+            else:
+                load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
             inject_all(model, self.adaptations)

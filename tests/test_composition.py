@@ -441,3 +441,13 @@ def test_registry_names_work_inside_a_list(tmp_path):
         Adaptation(BitFit(), None, "bitfit"),
     ]
     assert made(["--model.method=lora", "--model.method.rank=3"]) == [Adaptation(LoRA(rank=3), None, "default")]
+
+
+def test_loading_one_adapter_from_a_folder_of_several_names_load_adapters_and_the_folders(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inject_all(model, [Adaptation(LoRA(rank=1), ["0"], "first"), Adaptation(LoRA(rank=1), ["1"], "second")])
+    save_adapters(model, tmp_path)
+    with pytest.raises(
+        AdapterFileError, match=r"\['first', 'second'\]; load them together with load_adapters.*first'$"
+    ):
+        load_adapter(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path)

@@ -11,15 +11,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import (
+    Adaptation,
+    BitFit,
     CausalLMLoader,
     LoRA,
     ModelLoader,
     PEFTModule,
     Targets,
+    active_adapters,
     adapter_layers,
     adapter_names,
     inject,
+    inject_all,
     save_adapter,
+    save_adapters,
+    set_active_adapters,
 )
 from lightning_peft.errors import ConfigError
 from lightning_peft.optimization import parameter_groups
@@ -131,6 +137,35 @@ def test_an_adapter_folder_is_trained_further(make_trainer, tmp_path):
     assert list(layer.adapters) == ["more"]
     assert not torch.equal(layer.adapters["more"].lora_B, model[2].adapters["default"].lora_B)
     assert not torch.equal(layer.adapters["more"].lora_A, model[2].adapters["default"].lora_A)
+
+
+def test_a_folder_of_several_adapters_is_trained_further(make_trainer, tmp_path):
+    model = net()
+    inject_all(
+        model,
+        [Adaptation(LoRA(rank=3), ["0"], "a"), Adaptation(LoRA(rank=2), ["2"], "b"), Adaptation(BitFit(), ["2"], "c")],
+    )
+    nn.init.ones_(model[0].adapters["a"].lora_B)
+    set_active_adapters(model, ["c", "a"])
+    save_adapters(model, tmp_path / "all")
+    module = PEFTModule(net(), adapter=str(tmp_path / "all"), loss=F.cross_entropy)
+    module.configure_model()
+    torch.testing.assert_close(module(X), model(X))
+    assert set(active_adapters(module.model)) == {"c", "a"}
+    layers = adapter_layers(module.model)
+    assert {path: list(layer.adapters) for path, layer in layers.items()} == {"0": ["a"], "2": ["b", "c"]}
+    assert all(p.requires_grad for layer in layers.values() for p in layer.adapters.parameters())
+    make_trainer(tmp_path, max_epochs=1).fit(module, labelled())
+    assert not torch.equal(layers["0"].adapters["a"].lora_A, model[0].adapters["a"].lora_A)
+    assert torch.equal(layers["2"].adapters["b"].lora_A, model[2].adapters["b"].lora_A)
+
+
+def test_a_folder_of_several_adapters_takes_no_name(tmp_path):
+    model = net()
+    inject_all(model, [Adaptation(LoRA(rank=3), ["0"], "a"), Adaptation(LoRA(rank=2), ["2"], "b")])
+    save_adapters(model, tmp_path)
+    with pytest.raises(ConfigError, match="leave out name='mine'"):
+        PEFTModule(net(), adapter=str(tmp_path), name="mine", loss=F.cross_entropy)
 
 
 def test_hyperparameters_are_plain_values(make_trainer, tmp_path):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_peft.errors import did_you_mean
+from lightning_peft.registry import get_registry
 
 _VERB = r"(?:fit|validate|test|predict|merge|generate|methods|plugins)"
 _MANY = 100
@@ -97,6 +98,10 @@ def _class_not_named(message: str) -> str | None:
         return None
     where = _at(message).rstrip(": ")
     names = _class_names(where)
+    entry = re.search(r"Expected a dot import path string: (\S+)", message)
+    if entry and "Got value: [" in message:  # a list, in which this entry is wrong
+        hint = _hint(entry[1], [*_registry_names(where), *names])
+        return f"{where}: unknown class {entry[1]!r} in the list{hint or '.'}{_known(names)}"
     return f"{where}: name a class, {where} NAME or class_path and init_args in a file.{_known(names)}"
 
 
@@ -111,7 +116,8 @@ def _unknown_class(message: str) -> str | None:
         return None
     known = _known(names) or " Write the whole path: package.module.name"
     kind = "class" if names else "name"
-    return f"{where}unknown {kind} {found[1]!r}{_hint(found[1], names) or '.'}{known}"
+    hint = _hint(found[1], [*_registry_names(where.rstrip(": ")), *names])
+    return f"{where}unknown {kind} {found[1]!r}{hint or '.'}{known}"
 
 
 def _missing(message: str) -> str | None:
@@ -249,6 +255,11 @@ def _class_names(key: str) -> list[str]:
     }
     root = roots.get(key.removeprefix("--").rpartition(".")[2])
     return sorted({found.__name__ for found in _concrete(root)}) if root else []
+
+
+def _registry_names(key: str) -> list[str]:
+    """Return the registry names that stand for classes in the value of a key."""
+    return sorted(get_registry().methods) if key.rpartition(".")[2] == "method" else []
 
 
 def _concrete(root: type) -> Iterator[type]:

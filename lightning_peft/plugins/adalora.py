@@ -17,6 +17,7 @@ number here is that of HF PEFT's AdaLora, whose files are read and written.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -29,7 +30,7 @@ from typing_extensions import override
 from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.arithmetic.low_rank import CONVOLUTIONS, LowRankLinear, LowRankSettings
 from lightning_peft.arithmetic.singular_triplets import SVDConv, SVDLinear, TripletAdapter
-from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
+from lightning_peft.errors import AdapterConfigError, ConfigError, LightningPEFTWarning, TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import is_conv1d_linear
@@ -162,6 +163,8 @@ class AdaLoRA(Method):
                 adapter.prune(adapter.kept, optimizer)
             return
         self._check_steps(total_steps)
+        if not any(adapter.importance_E.any() for adapter in trained):
+            self._warn_of_late_start(step, total_steps, trained)
         if step < total_steps - self.final_steps and _gradients_are_finite(trained):
             for adapter in trained:
                 adapter.measure(self.beta1, self.beta2)
@@ -185,6 +188,20 @@ class AdaLoRA(Method):
                 f"AdaLoRA has initial_steps={self.initial_steps} and final_steps={self.final_steps}, which leaves none of {total_steps} optimizer "
                 "steps to allocate ranks in; lower them, or train for more steps"
             )
+
+    def _warn_of_late_start(self, step: int, total_steps: int, trained: list[TripletAdapter]) -> None:
+        """Warn if three quarters of what the schedule prunes are due at ``step``, before which nothing was measured."""
+        everything, target = sum(adapter.rank for adapter in trained), self.target_rank * len(trained)
+        budget = self.budget(step, total_steps, everything, target)
+        if everything - budget < 0.75 * (everything - target) or everything == target:
+            return
+        warnings.warn(
+            f"AdaLoRA has measured no importance before step {step} of {total_steps}, when its budget is {budget} of {everything} triplets already: "
+            f"the budget follows the steps of the whole run, so ranks are allocated by almost no measurement. Set initial_steps to {step} or "
+            "more, or train it from the beginning",
+            LightningPEFTWarning,
+            stacklevel=2,
+        )
 
     # -- HF PEFT's adapter_config.json -----------------------------------------------------------------------------
 

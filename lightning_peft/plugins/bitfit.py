@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies, reads_below
-from lightning_peft.errors import ConfigError, MergeError, TargetError
+from lightning_peft.errors import MergeError, TargetError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import is_conv1d_linear, is_linear
@@ -46,14 +47,17 @@ class BitFit(Method):
     mergeable: ClassVar[bool] = True
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
+    target_refusal: ClassVar[str] = (
+        "it has no bias: name modules with one, or give linear layers one with add_missing=True"
+    )
 
     add_missing: bool = False
     """Also give linear layers without a bias one that starts at zero. Such a bias cannot be merged."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.add_missing, bool):
-            raise ConfigError(f"BitFit add_missing must be true or false, got {self.add_missing!r}")
+        check_switches(self)
         if self.add_missing:
+            object.__setattr__(self, "target_refusal", "only linear layers are given a bias; name those")
             # The base has no parameter that could take the new biases.
             object.__setattr__(self, "mergeable", False)
 

@@ -37,6 +37,7 @@ from lightning_peft.arithmetic.bottlenecks import (
     width_of,
 )
 from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 
@@ -74,9 +75,7 @@ class Compacter(BottleneckMethod):
         for field in ("phm_dim", "rank"):
             if not whole(getattr(self, field), 1):
                 raise ConfigError(f"Compacter {field} must be a positive integer, got {getattr(self, field)!r}")
-        for field in ("factorized", "share_rule"):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"Compacter {field} must be true or false, got {getattr(self, field)!r}")
+        check_switches(self)
         if self.bottleneck_size is not None and self.bottleneck_size % self.phm_dim:
             raise ConfigError(
                 f"Compacter bottleneck_size must be a multiple of phm_dim={self.phm_dim}, got {self.bottleneck_size!r}"

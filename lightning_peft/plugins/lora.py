@@ -45,6 +45,7 @@ from lightning_peft.arithmetic.tied_low_rank import (
 )
 from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import fused_parameters, is_conv1d_linear, is_fused_experts
@@ -76,7 +77,7 @@ class LoRA(Method):
     rank: int = 8
     """Rank of the update, r in the paper."""
     alpha: float = 16.0
-    """Scale of the update: it is multiplied by alpha / rank."""
+    """Scale of the update: it is multiplied by alpha / rank. Anything but zero."""
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank path in training."""
     rslora: bool = False
@@ -96,6 +97,7 @@ class LoRA(Method):
     warning, all modules that share it get one update together, or it is refused."""
 
     def __post_init__(self) -> None:
+        check_switches(self)
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ConfigError(f"LoRA {name} must map targets to values, got {getattr(self, name)!r}")
@@ -111,6 +113,8 @@ class LoRA(Method):
         }.items():
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ConfigError(f"LoRA {label} must be a finite number, got {alpha!r}")
+            if alpha == 0:
+                raise ConfigError(f"LoRA {label} must not be zero, which scales the update to nothing, got {alpha!r}")
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA dropout must lie in [0, 1), got {self.dropout!r}")
         choices = {
@@ -281,7 +285,7 @@ class LoRA(Method):
                 rank=rank,
                 alpha=alpha,
                 dropout=config.get("lora_dropout") or 0.0,
-                rslora=bool(config.get("use_rslora")),
+                rslora=config.get("use_rslora") or False,
                 bias=config.get("bias") or "none",
                 init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
                 rank_pattern=without_parameters(ranks, parameters, rank),

@@ -34,6 +34,7 @@ from lightning_peft.arithmetic.prefixes import (
 )
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 
@@ -77,8 +78,7 @@ class PrefixTuning(Method):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"PrefixTuning {name} must be a positive integer, got {value!r}")
-        if not isinstance(self.reparametrize, bool):
-            raise ConfigError(f"PrefixTuning reparametrize must be true or false, got {self.reparametrize!r}")
+        check_switches(self)
         std = self.init_std
         if not isinstance(std, (int, float)) or isinstance(std, bool) or not 0 < std < math.inf:
             raise ConfigError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError, InjectionError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Quantizer
 
@@ -36,6 +37,7 @@ class _FourBit(Quantizer):
     """Precision of the matrix product."""
 
     def __post_init__(self) -> None:
+        check_switches(self)
         kind = type(self).__name__
         if self.block_size not in (64, 128, 256, 512, 1024, 2048, 4096):
             raise ConfigError(f"{kind} block_size must be a power of two from 64 to 4096, got {self.block_size!r}")

@@ -25,6 +25,7 @@ from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.families import ModelFamily
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import matches
@@ -57,8 +58,7 @@ class TopLayers(Method):
         number = isinstance(self.num_blocks, int) and not isinstance(self.num_blocks, bool)
         if self.num_blocks != "all" and not (number and int(self.num_blocks) > 0):
             raise ConfigError(f"TopLayers num_blocks must be a positive integer or 'all', got {self.num_blocks!r}")
-        if not isinstance(self.head, bool):
-            raise ConfigError(f"TopLayers head must be true or false, got {self.head!r}")
+        check_switches(self)
 
     @override
     def supports(self, module: nn.Module) -> bool:

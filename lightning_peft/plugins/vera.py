@@ -27,6 +27,7 @@ from typing_extensions import override
 from lightning_peft.adapter_layer import base_modules
 from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import HF_PREFIX, Adapter, Method, Slice, Target
 from lightning_peft.targets import is_conv1d_linear, is_linear
@@ -77,8 +78,7 @@ class VeRA(Method):
             )
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"VeRA dropout must lie in [0, 1), got {self.dropout!r}")
-        if not isinstance(self.save_projection, bool):
-            raise ConfigError(f"VeRA save_projection must be true or false, got {self.save_projection!r}")
+        check_switches(self)
 
     @override
     def supports(self, module: nn.Module) -> bool:

@@ -80,6 +80,14 @@ def test_a_wrong_command_line_is_refused(refusal, args, message):
         ),
         ([*BASE, *DATA, "--model.method", "lorra"], "--model.method: unknown class 'lorra'; did you mean 'LoRA'"),
         ([*BASE, *DATA, "--model.method.help", "Lora"], "--model.method: unknown class 'Lora'; did you mean 'LoRA'"),
+        (
+            [*BASE, *DATA, "--model.method", "[lora, norm_tunin]"],
+            "--model.method: unknown class 'norm_tunin' in the list; did you mean 'norm_tuning' or 'NormTuning'",
+        ),
+        (
+            [*BASE, *DATA, "--model.method", "[lora, NormTunin]"],
+            "--model.method: unknown class 'NormTunin' in the list; did you mean 'NormTuning'",
+        ),
         ([*BASE, *DATA, "--model.method.rank", "3"], "--model.method: name a class, .* Known: .*LoRA"),
         (
             [*BASE, *METHOD, *DATA, "--model.method.rnk", "3"],

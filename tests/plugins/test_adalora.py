@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import (
     AdaLoRA,
+    Adaptation,
     LoRA,
+    NormTuning,
     PEFTMixin,
     PEFTModule,
     adapter_layers,
@@ -27,9 +30,9 @@ from lightning_peft import (
 )
 from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.adapter_training import auxiliary_loss
-from lightning_peft.callbacks import AdapterCheckpoint
+from lightning_peft.callbacks import AdapterCheckpoint, Phase, PhaseSchedule
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
-from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
+from lightning_peft.errors import AdapterConfigError, ConfigError, LightningPEFTWarning, TargetError
 from lightning_peft.testing import MethodConformance, tiny_gpt2, tiny_llama, token_batch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -516,6 +519,33 @@ def test_it_works_in_a_lightning_module_of_ones_own(make_trainer, tmp_path):
         make_trainer(tmp_path, max_steps=8).fit(each, DataLoader(rows(8), batch_size=1))
     assert allocated_ranks(own.model) == allocated_ranks(tuned.model)
     assert sum(allocated_ranks(own.model).values()) == 2
+
+
+def late(make_trainer, tmp_path, **options):
+    """Train AdaLoRA in the last 2 of 12 steps only; return the warnings of it."""
+    method = AdaLoRA(init_rank=4, target_rank=1, **options)
+    both = [Adaptation(NormTuning(), ["1"], "norm"), Adaptation(method, ["0", "2"], "ranks")]
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    tuned = PEFTModule(model, both, loss=nn.functional.mse_loss)
+    phases = [Phase(start=0, unit="step", trained=["norm"]), Phase(start=10, unit="step", trained=["ranks"])]
+    data = [(torch.randn(6), torch.randn(3)) for _ in range(12)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = make_trainer(tmp_path, max_steps=12, callbacks=[PhaseSchedule(phases)], enable_checkpointing=False)
+        trainer.fit(tuned, DataLoader(data, batch_size=1))
+    return [str(one.message) for one in caught if issubclass(one.category, LightningPEFTWarning)]
+
+
+def test_a_start_after_its_budget_has_fallen_is_warned_of_once(make_trainer, tmp_path):
+    (message,) = late(make_trainer, tmp_path)
+    assert message.startswith(
+        "AdaLoRA has measured no importance before step 10 of 12, when its budget is 2 of 8 triplets"
+    )
+    assert "Set initial_steps to 10 or more" in message
+
+
+def test_a_late_start_with_initial_steps_is_not_warned_of(make_trainer, tmp_path):
+    assert late(make_trainer, tmp_path, initial_steps=10) == []
 
 
 # -- arithmetic and refusals -------------------------------------------------------------------------------------------

@@ -162,6 +162,13 @@ def test_a_wrong_field_is_refused():
         BitFit(add_missing="yes")
 
 
+def test_a_model_without_biases_is_refused_with_what_to_do():
+    with pytest.raises(TargetError, match=r"which BitFit cannot adapt; it has no bias: .* add_missing=True"):
+        inject(tiny_llama(), BitFit())
+    with pytest.raises(TargetError, match="only linear layers are given a bias"):
+        inject(tiny_llama(), BitFit(add_missing=True), "embed_tokens")
+
+
 def test_the_loss_of_a_real_model_falls(trained_on_e2e):
     losses = trained_on_e2e(BitFit(add_missing=True), None)
     assert losses[-1] < losses[0] - 0.2, losses
