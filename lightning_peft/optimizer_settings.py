@@ -114,7 +114,7 @@ def _differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator
         before, now = stored.get(kind, []), here[kind]
         classes = [[one["class"] for one in side] for side in (before, now)]
         if classes[0] != classes[1]:
-            yield f"the class of the {kind}", *classes
+            yield f"the class of the {kind}", classes[0], classes[1]
             return
         for old, new in zip(before, now, strict=True):
             name = new["class"]

@@ -163,7 +163,7 @@ class AdaLoRA(Method):
                 adapter.prune(adapter.kept, optimizer)
             return
         self._check_steps(total_steps)
-        if not any(adapter.importance_E.any() for adapter in trained):
+        if not any(adapter.get_buffer("importance_E").any() for adapter in trained):
             self._warn_of_late_start(step, total_steps, trained)
         if step < total_steps - self.final_steps and _gradients_are_finite(trained):
             for adapter in trained:
@@ -190,10 +190,10 @@ class AdaLoRA(Method):
             )
 
     def _warn_of_late_start(self, step: int, total_steps: int, trained: list[TripletAdapter]) -> None:
-        """Warn if three quarters of what the schedule prunes are due at ``step``, before which nothing was measured."""
+        """Warn if more than three quarters of what the schedule prunes are due at ``step``, before which nothing was measured."""
         everything, target = sum(adapter.rank for adapter in trained), self.target_rank * len(trained)
         budget = self.budget(step, total_steps, everything, target)
-        if everything - budget < 0.75 * (everything - target) or everything == target:
+        if everything - budget <= 0.75 * (everything - target) or everything == target:
             return
         warnings.warn(
             f"AdaLoRA has measured no importance before step {step} of {total_steps}, when its budget is {budget} of {everything} triplets already: "
