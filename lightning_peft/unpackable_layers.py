@@ -35,7 +35,7 @@ def unpackable_layers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
         if owner is not None:
             kind = type(modules[owner]).__name__
             reasons[path] = f"{kind} declares that {path!r} keeps its precision"
-        elif above in modules and name in _cast_to(type(modules[above])):
+        elif above in modules and name in _cast_to(type(modules[above])):  # type: ignore[arg-type]  # a class is hashable
             kind = type(modules[above]).__name__
             reasons[path] = f"{kind} casts what it hands to {path!r} to the dtype of its weight"
     return reasons
