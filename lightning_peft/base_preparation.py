@@ -19,7 +19,7 @@ from torch import nn
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, parents_of, put_in_place, unwrapped
 from lightning_peft.errors import InjectionError, LightningPEFTWarning
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection
+from lightning_peft.injection import Injection, all_places
 from lightning_peft.saved_modules import SavedParameters, inside
 
 
@@ -64,7 +64,7 @@ def _to_keep(model: nn.Module, injections: Sequence[Injection], family: ModelFam
     for injection in injections:
         method = injection.method
         if not method.quantized_base:
-            for target in method.expand(model, injection.targets, family):
+            for target in all_places(model, injection, family):
                 reasons[target.path] = f"is adapted by {method.name!r}, which does not work over a quantised base"
     roots = [root.path for injection in injections for root in injection.saved]
     for path, held in base_modules(model):

@@ -20,7 +20,7 @@ from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.base_preparation import prepare_base
 from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection, records
+from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Method
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import saved_places
@@ -154,7 +154,7 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
     for name, injection in plans.items():
         method = injection.method
         alone = None if method.composable else f"{method.name!r} acts alone at a place"
-        for target in method.expand(model, injection.targets, family):
+        for target in all_places(model, injection, family):
             places.setdefault(target.path, []).append((name, alone))
         for path in saved_places(model, injection.saved):
             places.setdefault(path, []).append((name, f"modules_to_save of {name!r} trains the module in full"))

@@ -37,7 +37,7 @@ from lightning_peft.errors import (
     TargetError,
 )
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection, records
+from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.registry import get_registry
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
@@ -154,7 +154,7 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     # Everything that can fail comes before the model changes.
     made: list[tuple[nn.Module, Adapter]] = []
     fresh: dict[str, Adapter] = {}
-    targets = method.expand(model, injection.targets, family)
+    targets = all_places(model, injection, family)
     for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items():
         copies = SavedParameters(unwrapped(modules[path]), names)
         copies.reset_parameters(unwrapped(modules[path]))
