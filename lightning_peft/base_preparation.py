@@ -19,7 +19,7 @@ from torch import nn
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, parents_of, put_in_place, unwrapped
 from lightning_peft.errors import InjectionError, LightningPEFTWarning
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection, all_places
+from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.saved_modules import SavedParameters, inside
 
 
@@ -61,6 +61,7 @@ def prepare_base(model: nn.Module, injections: Sequence[Injection], family: Mode
 def _to_keep(model: nn.Module, injections: Sequence[Injection], family: ModelFamily) -> dict[str, str]:
     """Return the paths of layers that have to stay as they are, each with the reason; an empty one where that was asked for."""
     reasons: dict[str, str] = {}
+    held_records = records(model)
     for injection in injections:
         method = injection.method
         if not method.quantized_base:
@@ -71,6 +72,7 @@ def _to_keep(model: nn.Module, injections: Sequence[Injection], family: ModelFam
         adapters = list(held.adapters.items()) if isinstance(held, AdapterLayer) else []
         if inside(path, roots) or any(isinstance(adapter, SavedParameters) for _, adapter in adapters):
             reasons[path] = ""
-        elif adapters:
-            reasons[path] = f"holds the adapter {adapters[0][0]!r}, which was made over it as it is"
+        for name, _ in adapters:
+            if path not in reasons and name in held_records and not held_records[name].method.quantized_base:
+                reasons[path] = f"holds the adapter {name!r}, which was made over it as it is"
     return reasons

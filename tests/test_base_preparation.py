@@ -92,7 +92,7 @@ def test_one_after_the_other_layers_with_adapters_stay_as_they_were():
 
 def test_nothing_left_to_change_is_refused_and_the_model_is_what_it_was():
     model = tiny_llama()
-    inject(model, LoRA(rank=2), name="lora")
+    inject(model, FullFineTuning(), "all_linear", name="full")
     expected, modules = logits(model), list(model.modules())
     with pytest.raises(InjectionError, match=r"would change only layers that have to stay as they are: .*\(14\)"):
         inject(model, METHOD, name="qlora")
