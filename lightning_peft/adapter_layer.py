@@ -230,6 +230,22 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, AdapterLayer) else module
 
 
+def parents_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return, by the id of a module, every module that holds it and under which name."""
+    parents: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            if child is not None:
+                parents.setdefault(id(child), []).append((parent, child_name))
+    return parents
+
+
+def put_in_place(new: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Put ``new`` where ``places``, from :func:`parents_of`, say."""
+    for parent, child_name in places:
+        parent._modules[child_name] = new
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return every :class:`AdapterLayer` of ``model`` by the path its module has in the base model."""
     return {path: module for path, module in base_modules(model) if isinstance(module, AdapterLayer)}

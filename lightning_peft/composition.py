@@ -17,13 +17,14 @@ from torch import nn
 from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import inner_adapters, is_adapter, to_json_bytes, write_file
 from lightning_peft.adapter_layer import adapters_named
+from lightning_peft.base_preparation import prepare_base
 from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection, records
+from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Method
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import saved_places
-from lightning_peft.state import load_adapter, save_adapter
+from lightning_peft.state import load_adapter, planned_adapter, save_adapter
 from lightning_peft.surgery import check_name, inject, plan, resolve_family
 from lightning_peft.targets import Targets
 
@@ -110,7 +111,8 @@ def inject_all(
     Raises:
         ConfigError: a name is given twice.
         TargetError: a target matches nothing, or something that its method cannot adapt.
-        InjectionError: a name is taken, or two methods meet at a place where one of them acts alone.
+        InjectionError: a name is taken, two methods meet at a place where one of them acts alone, or a method prepares only layers
+            that others need as they are.
 
     Example:
         >>> import torch
@@ -124,12 +126,12 @@ def inject_all(
     known = resolve_family(model, family)
     for name in chosen:
         check_name(model, name)
-    _check_together(
-        model,
-        {name: plan(model, one.method, one.targets, one.modules_to_save, known) for name, one in chosen.items()},
-        known,
-    )
+    plans = {name: plan(model, one.method, one.targets, one.modules_to_save, known) for name, one in chosen.items()}
+    _check_together(model, plans, known)
     with unchanged_on_error(model):
+        prepare_base(
+            model, list(plans.values()), known
+        )  # by all of them, before an adapter measures what it is made for
         made = {
             name: inject(
                 model,
@@ -152,7 +154,7 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
     for name, injection in plans.items():
         method = injection.method
         alone = None if method.composable else f"{method.name!r} acts alone at a place"
-        for target in method.expand(model, injection.targets, family):
+        for target in all_places(model, injection, family):
             places.setdefault(target.path, []).append((name, alone))
         for path in saved_places(model, injection.saved):
             places.setdefault(path, []).append((name, f"modules_to_save of {name!r} trains the module in full"))
@@ -219,6 +221,9 @@ def load_adapters(
     for name in names:
         check_name(model, name)
     with unchanged_on_error(model):
+        if len(names) > 1:  # an adapter that goes in first must not keep the next one's base from being prepared
+            plans = [planned_adapter(model, _folder_of(folder, name), check_base=check_base) for name in names]
+            prepare_base(model, plans, resolve_family(model, None))
         loaded = {
             name: load_adapter(model, _folder_of(folder, name), name=name, trainable=trainable, check_base=check_base)
             for name in names

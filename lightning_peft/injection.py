@@ -8,7 +8,9 @@ from torch import nn
 
 from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.errors import AdapterNotFoundError
+from lightning_peft.families import ModelFamily
 from lightning_peft.interfaces import Method, Target
+from lightning_peft.saved_modules import inside
 
 _RECORDS = "_lightning_peft_adapters"
 """Attribute of an adapted model: adapter name to :class:`Injection`."""
@@ -31,6 +33,13 @@ class Injection:
     def paths(self) -> list[str]:
         """Module paths of the places."""
         return [target.path for target in self.targets]
+
+
+def all_places(model: nn.Module, injection: Injection, family: ModelFamily) -> list[Target]:
+    """Return all places that the method of ``injection`` adapts: the targets and what the method adds to them."""
+    roots = [root.path for root in injection.saved]
+    found = injection.method.expand(model, injection.targets, family)
+    return [target for target in found if not (target.optional and inside(target.path, roots))]
 
 
 def records(model: nn.Module) -> dict[str, Injection]:

@@ -79,6 +79,8 @@ class Target:
     """The slices of a fused projection that were asked for; empty for the whole module."""
     rule: str = ""
     """The target (role, glob or regular expression) that matched, for messages."""
+    optional: bool = False
+    """Whether a place that the method itself adds is left out where ``modules_to_save`` trains the module in full."""
 
 
 class Adapter(nn.Module, ABC):

@@ -159,8 +159,13 @@ class PEFTModule(PEFTMixin, LightningModule):
         self._initialize_from_data()
 
     def _loading_method(self) -> Method:
-        """Return the method that the base is loaded for: of several, one that prepares layers while they are read."""
+        """Return the method that the base is loaded for: of several, one that prepares layers while they are read.
+
+        Where a method needs layers as they are, nothing is prepared before it is known which.
+        """
         methods = [one.method for one in self.adaptations]
+        if plain := next((method for method in methods if not method.quantized_base), None):
+            return plain
         return next((m for m in methods if type(m).layer_preparation is not Method.layer_preparation), methods[0])
 
     def _initialize_from_data(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import adapters_named, base_modules, unwrapped
@@ -114,7 +115,21 @@ def split_file(
         for name, value in stored.items()
         if name.startswith(prefix) and inside(name.removeprefix(prefix), roots)
     }
-    return {name: value for name, value in stored.items() if name.removeprefix(prefix) not in saved}, saved
+    rest = {name: value for name, value in stored.items() if name.removeprefix(prefix) not in saved}
+    return rest, _without_repeated(saved, roots)
+
+
+def _without_repeated(saved: dict[str, _Value], roots: Sequence[str]) -> dict[str, _Value]:
+    """Drop the biases that HF PEFT writes again under ``bias="all"``: of the trained module, where equal, and of that it stands for."""
+    kept = dict(saved)
+    for root in roots:
+        for name, value in saved.items():
+            again = name.removeprefix(f"{root}.modules_to_save.")
+            trained = saved.get(f"{root}.{again}") if again != name else None
+            same = isinstance(value, Tensor) and isinstance(trained, Tensor) and torch.equal(value, trained)
+            if same or (name.startswith(f"{root}.original_module.") and name.endswith("bias")):
+                del kept[name]
+    return kept
 
 
 def saved_by_hf_peft(

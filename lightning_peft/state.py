@@ -21,6 +21,7 @@ from lightning_peft.adapter_files import (
     HF_CONFIG,
     OWN_CONFIG,
     WEIGHTS,
+    AdapterFolder,
     read_adapter,
     to_json_bytes,
     write_file,
@@ -216,17 +217,12 @@ def load_adapter(
         BaseMismatchError: it was trained on another base.
         InjectionError: the model has an adapter of that name.
     """
-    folder = read_adapter(path)
     if name in adapter_names(model):
         raise InjectionError(
             f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
         )
-    if check_base and folder.own is not None:
-        refuse_other_base(model, folder)
-    roots = saved_roots(model, folder)
-    tensors, saved = placed_tensors(model, folder, roots)
-    injection = replace(placed(model, folder, tensors, roots), saved=roots)
-    tensors |= saved
+    folder = read_adapter(path)
+    injection, tensors = _asked(model, folder, check_base=check_base)
     with unchanged_on_error(model), torch.random.fork_rng():
         try:
             inject_at(model, injection, name=name, trainable=trainable)
@@ -250,6 +246,20 @@ def load_adapter(
                 raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}, at {place!r}: {error}") from error
         check_shared(model, folder, name, tensors)
     return injection
+
+
+def planned_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> Injection:
+    """Return what :func:`load_adapter` would inject from a folder; the model is left alone. It raises the same errors."""
+    return _asked(model, read_adapter(path), check_base=check_base)[0]
+
+
+def _asked(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> tuple[Injection, dict[str, Tensor]]:
+    """Return the injection that a folder asks for, and its tensors by ``<module path>.<tensor>``."""
+    if check_base and folder.own is not None:
+        refuse_other_base(model, folder)
+    roots = saved_roots(model, folder)
+    tensors, saved = placed_tensors(model, folder, roots)
+    return replace(placed(model, folder, tensors, roots), saved=roots), tensors | saved
 
 
 def _version(distribution: str) -> str | None:

@@ -23,8 +23,11 @@ from lightning_peft.adapter_layer import (
     adapters_named,
     base_modules,
     base_parameters,
+    parents_of,
+    put_in_place,
     unwrapped,
 )
+from lightning_peft.base_preparation import prepare_base
 from lightning_peft.errors import (
     AdapterNotFoundError,
     ConfigError,
@@ -34,7 +37,7 @@ from lightning_peft.errors import (
     TargetError,
 )
 from lightning_peft.families import ModelFamily
-from lightning_peft.injection import Injection, records
+from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.registry import get_registry
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
@@ -114,6 +117,7 @@ def plan(
                 f"modules_to_save={modules_to_save!r} leaves nothing of {type(model).__name__} for {type(method).__name__} to adapt"
             )
     saved_places(model, saved, [target.path for target in chosen])
+    _overrides(model, method, chosen, family)
     return Injection(method=method, targets=tuple(chosen), family=family.name, saved=saved)
 
 
@@ -145,12 +149,12 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
             "unload_adapters(model) to make the merged weights the base"
         )
     overrides = _overrides(model, method, injection.targets, family)
-    _prepare(model, injection)
+    prepare_base(model, [injection], family)
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
     made: list[tuple[nn.Module, Adapter]] = []
     fresh: dict[str, Adapter] = {}
-    targets = method.expand(model, injection.targets, family)
+    targets = all_places(model, injection, family)
     for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items():
         copies = SavedParameters(unwrapped(modules[path]), names)
         copies.reset_parameters(unwrapped(modules[path]))
@@ -164,7 +168,7 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     method.connect(model, fresh)
     if not records(model):  # later, what its user unfroze stays so
         freeze(model)
-    parents = _parents(model)
+    parents = parents_of(model)
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
         layer.add(name, adapter, trainable=trainable)
@@ -172,25 +176,6 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     records(model)[name] = injection
     set_active_adapters(model, [name])
     return injection
-
-
-def _prepare(model: nn.Module, injection: Injection) -> None:
-    """Let the method change the base, but for the modules that are trained in full."""
-    kept = {path: unwrapped(held) for path, held in base_modules(model) if _trained_in_full(path, held, injection)}
-    injection.method.prepare(model)
-    now = {path: unwrapped(held) for path, held in base_modules(model)}
-    replaced = [path for path, module in kept.items() if path in now and now[path] is not module]
-    parents = _parents(model) if replaced else {}
-    for path in replaced:
-        _replace(kept[path], parents[id(now[path])])
-
-
-def _trained_in_full(path: str, held: nn.Module, injection: Injection) -> bool:
-    if isinstance(held, AdapterLayer) and any(
-        isinstance(adapter, SavedParameters) for adapter in held.adapters.values()
-    ):
-        return True
-    return inside(path, [root.path for root in injection.saved])
 
 
 def freeze(model: nn.Module) -> None:
@@ -210,11 +195,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
     if any(name in layer.merged for layer in layers.values()):
         raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
-    parents = _parents(model)
+    parents = parents_of(model)
     for layer in layers.values():
         layer.delete(name)
         if not layer.adapters:
-            _replace(layer.base_layer, parents[id(layer)])
+            put_in_place(layer.base_layer, parents[id(layer)])
     _keep_torch_encoders_calling(model)
     records(model).pop(name, None)
 
@@ -223,14 +208,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def adapters_taken_out(model: nn.Module) -> Iterator[nn.Module]:
     """Have the bare base, with what is merged into it, in the places of adapter layers for the time of a ``with`` block."""
     layers = list(adapter_layers(model).values())
-    parents = _parents(model)
+    parents = parents_of(model)
     for layer in layers:
-        _replace(layer.base_layer, parents[id(layer)])
+        put_in_place(layer.base_layer, parents[id(layer)])
     try:
         yield model
     finally:
         for layer in layers:
-            _replace(layer, parents[id(layer)])
+            put_in_place(layer, parents[id(layer)])
 
 
 def unload_adapters(model: nn.Module) -> nn.Module:
@@ -244,9 +229,9 @@ def unload_adapters(model: nn.Module) -> nn.Module:
         raise AdapterNotFoundError(
             f"{type(model).__name__} has no adapters to unload; call inject(model, method) first"
         )
-    parents = _parents(model)
+    parents = parents_of(model)
     for layer in layers.values():
-        _replace(layer.base_layer, parents[id(layer)])
+        put_in_place(layer.base_layer, parents[id(layer)])
     _keep_torch_encoders_calling(model)
     records(model).clear()
     return model
@@ -333,26 +318,11 @@ def _refuse_part_of_slices(what: str, word: str, target: Target, family: ModelFa
         )
 
 
-def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return, by the id of a module, every module that holds it and under which name."""
-    parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for child_name, child in parent._modules.items():
-            if child is not None:
-                parents.setdefault(id(child), []).append((parent, child_name))
-    return parents
-
-
 def _wrap(module: nn.Module, places: list[tuple[nn.Module, str]]) -> AdapterLayer:
     layer = AdapterLayer(module)
     layer.training = module.training
-    _replace(layer, places)
+    put_in_place(layer, places)
     return layer
-
-
-def _replace(new: nn.Module, places: list[tuple[nn.Module, str]]) -> None:
-    for parent, child_name in places:
-        parent._modules[child_name] = new
 
 
 def _keep_torch_encoders_calling(model: nn.Module) -> None:

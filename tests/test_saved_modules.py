@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_peft import (
+    Adaptation,
     BitFit,
     FullFineTuning,
     LoRA,
@@ -20,6 +21,7 @@ from lightning_peft import (
     adapters_disabled,
     delete_adapter,
     inject,
+    inject_all,
     load_adapter,
     merge_adapters,
     save_adapter,
@@ -239,9 +241,37 @@ def test_a_place_the_method_adapts_as_well_is_refused():
     model = classifier("roberta")
     with pytest.raises(TargetError, match="'classifier.dense' was asked for twice: modules_to_save trains it in full"):
         inject(model, LoRA(rank=1), ["query", "classifier.dense"], modules_to_save="classifier")
-    with pytest.raises(TargetError, match="'classifier' was asked for twice"):  # a place beyond the targets
-        inject(classifier("bert"), LoRA(rank=1, bias="all"), "query", modules_to_save="classifier")
     assert not adapter_layers(model)
+
+
+def test_biases_of_the_whole_model_leave_the_saved_modules_out(tmp_path):
+    model = classifier("bert")
+    inject(model, LoRA(rank=1, bias="all"), "query", modules_to_save="classifier")
+    assert list(own_adapters(model, "default")).count("classifier") == 0
+    assert "bert.pooler.dense" in own_adapters(model, "default")
+    disturbed(model)
+    save_adapter(model, tmp_path)
+    again = classifier("bert")
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    peer = PeftModel.from_pretrained(classifier("bert"), tmp_path).eval()
+    assert relative(logits(peer), logits(model)) <= 1e-5
+
+
+def test_a_head_of_hf_peft_beside_all_biases_is_read(tmp_path):
+    config = LoraConfig(r=2, target_modules=LORA["bert"], task_type="SEQ_CLS", bias="all")
+    theirs = disturbed(get_peft_model(classifier("bert"), config))
+    theirs.save_pretrained(tmp_path)
+    ours = classifier("bert")
+    load_adapter(ours, tmp_path)
+    assert relative(logits(ours), logits(theirs)) <= 1e-5
+
+
+def test_all_biases_in_a_list_of_methods_leave_the_saved_modules_out():
+    model = classifier("bert")
+    lora = Adaptation(LoRA(rank=1, bias="all"), targets="query", modules_to_save="classifier")
+    inject_all(model, [lora, Adaptation(LoRA(rank=1), targets="value")])
+    assert "classifier" not in own_adapters(model, "lora")
 
 
 @pytest.mark.parametrize("method", [BitFit(), NormTuning(), LoRA(rank=2), FullFineTuning()], ids=lambda m: m.name)

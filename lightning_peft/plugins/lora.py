@@ -85,7 +85,7 @@ class LoRA(Method):
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """How A starts: Kaiming uniform (as HF PEFT and loralib do) or Gaussian with deviation 1/rank. B starts at zero."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained too: none, those of the adapted layers, or all of the model."""
+    """Which biases are trained too: none, those of the adapted layers, or all of the model but of modules that are trained in full."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Target (role, glob or ``re:``) to rank, where it differs; the first match counts."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -199,7 +199,7 @@ class LoRA(Method):
                 raise TargetError(
                     f"bias='all' cannot train the bias of {path!r}, a {type(module).__name__}; use bias='lora_only'"
                 )
-            extra.append(Target(path=path, rule=_BIAS_RULE))
+            extra.append(Target(path=path, rule=_BIAS_RULE, optional=True))
         return [*targets, *extra]
 
     @override

@@ -32,6 +32,7 @@ from lightning_peft.plugins.lora import LoRA
 from lightning_peft.quantized_layers import mark_packed, packed_layers, quantizer_name
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import Targets, is_fused_experts, is_linear, matches, resolve_targets
+from lightning_peft.unpackable_layers import unpackable_layers
 
 _SETTINGS = ("block_size", "double_quantization", "compute_dtype", "threshold")
 
@@ -105,7 +106,8 @@ class QLoRA(LoRA):
         """Quantise the linear layers of ``model`` in place, one by one, but for its head and what ``skip`` names.
 
         A base with quantised layers, from here or from transformers, keeps its layers as they are. A layer that cannot
-        be quantised, for instance because its width is not a multiple of the block size, stays as it is with a warning.
+        be quantised, for instance because its width is not a multiple of the block size or because the code of the model
+        reads its weight, stays as it is with a warning.
 
         Raises:
             TargetError: a target of ``skip`` matches nothing.
@@ -143,7 +145,8 @@ class QLoRA(LoRA):
                 LightningPEFTWarning,
                 stacklevel=5,
             )
-        return Quantization(self, {target.path for target in found}, self.packer(model, family))
+        linear = [target.path for target in found]
+        return Quantization(self, set(linear), self.packer(model, family), unpackable_layers(model, linear))
 
     def packer(self, model: nn.Module, family: ModelFamily) -> Callable[[str, nn.Linear], nn.Module]:
         """Return what makes a quantised layer of the linear layer at a path of ``model``."""
@@ -195,12 +198,19 @@ class Quantization(LayerPreparation):
         method: says the name of the quantizer.
         paths: the layers.
         packer: makes the quantised layer of the linear layer at a path.
+        unpackable: those of the layers that stay as they are, with the reason.
     """
 
-    def __init__(self, method: QLoRA, paths: Set[str], packer: Callable[[str, nn.Linear], nn.Module]) -> None:
-        super().__init__(paths)
+    def __init__(
+        self,
+        method: QLoRA,
+        paths: Set[str],
+        packer: Callable[[str, nn.Linear], nn.Module],
+        unpackable: Mapping[str, str],
+    ) -> None:
+        super().__init__(paths - unpackable.keys())
         self.packer, self.name, self.whose = packer, method.quantization, type(method).__name__
-        self.refused: dict[str, str] = {}
+        self.refused = dict(unpackable)
         self.done = 0
 
     @override
