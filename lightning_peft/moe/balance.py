@@ -49,7 +49,7 @@ class _AuxiliaryLoss(torch.autograd.Function):
 
 def with_auxiliary_loss(weights: Tensor, loss: Tensor) -> Tensor:
     """Return ``weights`` as they are; their backward also runs that of the scalar ``loss``, times the loss scale."""
-    result: Tensor = _AuxiliaryLoss.apply(weights, loss)
+    result: Tensor = _AuxiliaryLoss.apply(weights, loss)  # type: ignore[no-untyped-call]
     return result
 
 
