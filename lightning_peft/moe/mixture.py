@@ -20,6 +20,7 @@ from lightning_peft.moe.feed_forward import FeedForward, dense_tensors, with_dro
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.padding import take_note
 from lightning_peft.moe.routing import Assignment, Router
+from lightning_peft.moe.statistics import Routed
 from lightning_peft.targets import is_conv1d_linear
 
 
@@ -72,7 +73,7 @@ class MixtureSettings(Protocol):
         """Return the factor of the output, that of its last bias, and whether the former is spread over the matrices."""
 
 
-class MixtureOfExperts(Adapter):
+class MixtureOfExperts(Routed, Adapter):
     """Router and experts of one MLP.
 
     Its tensors are named and laid out as the experts of transformers: ``gate_up_proj`` (experts, 2 * hidden, width), or ``up_proj``
@@ -91,6 +92,7 @@ class MixtureOfExperts(Adapter):
         super().__init__()
         self.method, self.feed_forward = method, feed_forward
         self.layout, self.rule = method.layout(feed_forward), method.make_router()
+        self.num_experts = self.layout.experts
         new = parameters_beside(module, method.dtype)
         biases = {"up_bias": feed_forward.up_bias, "down_bias": feed_forward.down_bias}
         for name, shape in self.layout.shapes(**biases).items():
@@ -177,6 +179,7 @@ class MixtureOfExperts(Adapter):
         mask = grid.mask if grid is not None else None
         shape = grid.shape if grid is not None else (x.shape[0], x.shape[1]) if x.dim() == 3 else None
         assignment = self.assign(tokens, mask, shape)
+        self.observe(assignment, mask)
         if self.training and torch.is_grad_enabled():
             assignment = self.balanced(assignment, mask)
         activation: Callable[[Tensor], Tensor] = self._activation[0]
