@@ -115,7 +115,8 @@ class MixtureOfExperts(Routed, Adapter):
         if not self._projections:  # injection connects, and then comes back
             return
         layout, method, tensors = self.layout, self.method, self.tensors()
-        dense = self.dense({f"{path}.{name}": p for path, one in self._projections for name, p in one.named_parameters()})
+        held = {f"{path}.{name}": p for path, one in self._projections for name, p in one.named_parameters()}
+        dense = self.dense(held)
         layout.fill(tensors, dense)
         if tensors["down_proj"].is_meta:
             return
@@ -135,6 +136,16 @@ class MixtureOfExperts(Routed, Adapter):
         """Return the parts of the MLP (``gate``, ``up``, ...) from tensors by their name in the dense model."""
         transposed = {path: is_conv1d_linear(module) for path, module in self._projections}
         return dense_tensors(self.feed_forward, named.get, transposed)
+
+    def dense_names(self) -> dict[str, torch.Size]:
+        """Return the names that the tensors of the MLP have in the dense model, with their shapes there."""
+        return {f"{path}.{name}": p.shape for path, one in self._projections for name, p in one.named_parameters()}
+
+    @property
+    def copies_per_token(self) -> float:
+        """How many copies of the MLP a token goes to, on average."""
+        per_token: float = getattr(self.rule, "top_k", None) or getattr(self.rule, "capacity", 1.0)
+        return per_token / self.layout.granularity
 
     def expert_weights(self) -> ExpertWeights:
         """Return the weights of the experts as the arithmetic takes them."""
