@@ -20,6 +20,7 @@ An expert without a token gets a gradient of zero, never None. Sums run in a fix
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -186,7 +187,11 @@ def run_experts(
     chosen = _implementation(implementation, x.device, dtype, weights)
     slots = SlotOrder.of(assignment)
     rows = slots.gather(x).to(dtype)  # (slots, d)
-    run = _grouped if chosen == "grouped_mm" or torch.compiler.is_compiling() else _unbound
+    run: Callable[..., Tensor] = _unbound
+    if chosen == "grouped_mm":
+        run = functools.partial(_grouped, _grouped_mm)
+    elif torch.compiler.is_compiling():  # lengths of segments that only the data tells stay out of the graph
+        run = functools.partial(_grouped, segment_mm)
     return slots.combine(run(rows, slots, weights.to(dtype), activation), assignment.weights).to(x.dtype)
 
 
@@ -204,20 +209,23 @@ def _unbound(rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation:
     return torch.cat(outputs)
 
 
-def _grouped(rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    hidden = _products(rows, weights.gate_up, slots.ends)
+def _grouped(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    rows: Tensor,
+    slots: SlotOrder,
+    weights: ExpertWeights,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    hidden = product(rows, weights.gate_up.transpose(1, 2), slots.ends)
     if weights.gate_up_bias is not None:
         hidden = hidden + F.embedding(slots.experts, weights.gate_up_bias)
     hidden = _activate(hidden, weights.gated, activation)
-    output = _products(hidden, weights.down, slots.ends)
+    output = product(hidden, weights.down.transpose(1, 2), slots.ends)
     return output if weights.down_bias is None else output + F.embedding(slots.experts, weights.down_bias)
 
 
-def _products(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Return the ``rows`` (slots, in) of each expert times its matrix of ``weights`` (experts, out, in)."""
-    if torch.compiler.is_compiling():  # lengths of segments that only the data tells stay out of the graph
-        return segment_mm(rows, weights.transpose(1, 2), ends)
-    return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights, offs=ends)
 
 
 def _activate(hidden: Tensor, gated: bool, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -238,6 +246,8 @@ def _implementation(wanted: str, device: torch.device, dtype: torch.dtype, weigh
             raise ConfigError(f"implementation='grouped_mm' was asked for, but {obstacle}; choose 'auto' or 'unbind'")
         return wanted
     fits = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # torch 2.13 compiles it in bfloat16 only
+        fits = False
     return "grouped_mm" if fits and not obstacle else "unbind"
 
 
