@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.p_tuning import PTuning as PTuning
@@ -117,6 +118,7 @@ _HOME = {
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
+    "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
