@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapter_layer import adapters_named, base_parameters
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies
 from lightning_peft.errors import AdapterMismatchError, ConfigError
 from lightning_peft.moe.mixture import MixtureOfExperts
-from lightning_peft.arithmetic.parameter_copies import ParameterCopies
 
 Mode = Literal["fresh", "copy", "scaled"]
 """What experts take over of the dense state."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_peft.interfaces import Adapter
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies
+from lightning_peft.interfaces import Adapter
 
 _MASK_NAMES = ("attention_mask", "mask", "key_padding_mask")
 """How attention calls its mask; true means "attend", but for the last, where it means padding."""

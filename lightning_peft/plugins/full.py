@@ -18,20 +18,12 @@ from typing import ClassVar
 from torch import nn
 from typing_extensions import override
 
-<<<<<<< HEAD
-from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
-=======
 from lightning_peft.adapter_layer import unwrapped
->>>>>>> moe-method
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 from lightning_peft.errors import TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-<<<<<<< HEAD
-=======
-from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
->>>>>>> moe-method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
@@ -32,7 +33,6 @@ from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.mixture import MixtureOfExperts
 from lightning_peft.moe.padding import Bypass, MaskReader, MaskReadingCopies, mask_argument
 from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, Router, SigmoidRouter, TopKRouter
-from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "router": ("topk", "expert_choice", "sigmoid", "noisy_topk"),

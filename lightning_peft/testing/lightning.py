@@ -32,13 +32,8 @@ class LightningTests(Subject):
         self._fit(tmp_path, steps=1)
         held = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
         tensors = [key for key in held if not key.startswith("metrics.")]
-<<<<<<< HEAD
         base = {name for name, _ in base_parameters(self.base())}
-        leaked = [key for key in tensors if key.removeprefix("model.") in base or ".base_layer." in key]
-=======
-        base = {name for name, _ in base_parameters(model)}
         leaked = [key for key in tensors if key.removeprefix("model.") in base or _of_base(key)]
->>>>>>> moe-method
         assert not leaked, f"the checkpoint holds {leaked[:3]} of the base"
         again = self.base()
         self.load(again, tmp_path / "last.adapter")

@@ -9,13 +9,8 @@ import torch
 from torch import nn
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
-<<<<<<< HEAD
-from lightning_peft.arithmetic.parameter_copies import parameter_places
-from lightning_peft.saved_modules import own_adapters
-=======
 from lightning_peft.arithmetic.parameter_copies import parameter_places
 from lightning_peft.saved_modules import inside, own_adapters
->>>>>>> moe-method
 from lightning_peft.state import adapter_state_dict, save_adapter
 from lightning_peft.surgery import inject
 from lightning_peft.testing.subject import Subject, base_tensors, differing
