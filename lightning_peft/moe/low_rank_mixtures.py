@@ -130,11 +130,12 @@ class MixtureAdapter(Adapter):
         for letter, features in (("A", in_features), ("B", out_features)):
             shape = (self.experts, self.rank, features)
             tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
-            self.register_parameter(f"{name}_lora_{letter}", nn.Parameter(tensor))
+            self.register_parameter(_joined("_", name, f"lora_{letter}"), nn.Parameter(tensor))
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (experts, rank, in) and B (experts, rank, out) of one projection."""
-        return self.get_parameter(f"{name}_lora_A"), self.get_parameter(f"{name}_lora_B")
+        A, B = (self.get_parameter(_joined("_", name, f"lora_{letter}")) for letter in "AB")
+        return A, B
 
     def update_of(self, name: str) -> Tensor:
         """Return what the experts add to the weight of one projection, s B_e A_e (experts, out, in)."""
@@ -155,11 +156,12 @@ class MixtureAdapter(Adapter):
 
     @override
     def disk_tensors(self) -> dict[str, Tensor]:
-        tensors = {"router.weight": self.router}
+        tensors: dict[str, Tensor] = {"router.weight": self.router}
         for name in self.pairs:
             A, B = self.pair(name)
-            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B.transpose(1, 2)}  # (experts, out, rank)
-        return tensors  # type: ignore[return-value]
+            tensors[_joined(".", name, "lora_A.weight")] = A
+            tensors[_joined(".", name, "lora_B.weight")] = B.transpose(1, 2)  # (experts, out, rank)
+        return tensors
 
     # -- routing -----------------------------------------------------------------------------------------------------
 
@@ -170,28 +172,51 @@ class MixtureAdapter(Adapter):
             return F.linear(x.to(self.router.dtype), self.router)
 
     def assign(self, x: Tensor, mask: Tensor | None) -> Assignment:
-        """X (n, width) -> the top-k assignment of its tokens; ``mask`` (n,) is false at padding. Training adds the losses."""
-        assert self.method.top_k is not None
-        router = TopKRouter(top_k=self.method.top_k)
-        assignment = router.route(self.logits(x), mask=mask, training=self.training)
-        loss = self.losses(assignment, mask)
-        if loss is None:
-            return assignment
-        return dataclasses.replace(assignment, weights=with_auxiliary_loss(assignment.weights, loss))
-
-    def losses(self, assignment: Assignment, mask: Tensor | None) -> Tensor | None:
-        """Return what training adds to the loss for this assignment, or None."""
-        loss: Tensor | None = None
+        """X (n, width) -> which experts its tokens go to; ``mask`` (n,) is false at padding. In training with the losses."""
+        logits, top_k = self.logits(x), self.method.top_k
+        if top_k is None:
+            assignment = _to_all(logits, mask)
+        else:
+            assignment = TopKRouter(top_k=top_k).route(logits, mask=mask, training=self.training)
+        losses = []
         if self.training and self.method.balance_coef:
-            loss = self.method.balance_coef * load_balancing_loss(assignment, mask)
+            loss = importance_loss if top_k is None else load_balancing_loss
+            losses.append(self.method.balance_coef * loss(assignment, mask))
         if self.training and self.method.z_coef:
-            own = self.method.z_coef * z_loss(assignment, mask)
-            loss = own if loss is None else loss + own
-        return loss
+            losses.append(self.method.z_coef * z_loss(assignment, mask))
+        if not losses:
+            return assignment
+        return dataclasses.replace(assignment, weights=with_auxiliary_loss(assignment.weights, sum(losses[1:], losses[0])))
 
     @override
     def extra_repr(self) -> str:
         return f"experts={self.experts}, top_k={self.method.top_k}, rank={self.rank}"
+
+
+def importance_loss(assignment: Assignment, mask: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation, over the experts, of the sum of their probabilities, a scalar; 0 where balanced.
+
+    The balance of dense routing, where every expert has every token (Shazeer et al., arXiv:1701.06538).
+    """
+    p = assignment.probabilities
+    importance = (p if mask is None else torch.where(mask[:, None], p, 0.0)).sum(0)  # (experts,)
+    mean = importance.mean()
+    return (importance - mean).square().mean() / mean.square().clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def _to_all(logits: Tensor, mask: Tensor | None) -> Assignment:
+    """Return the assignment of every token to every expert, each with its probability."""
+    n, experts = logits.shape
+    p = torch.softmax(logits, dim=-1)
+    tokens = torch.arange(n, device=logits.device).repeat_interleave(experts)
+    numbers = torch.arange(experts, device=logits.device).repeat(n)
+    valid = None if mask is None else mask.repeat_interleave(experts)
+    weights = p if mask is None else torch.where(mask[:, None], p, 0.0)
+    return Assignment(tokens, numbers, weights.reshape(-1), logits, p, experts, valid)
+
+
+def _joined(sign: str, name: str, rest: str) -> str:
+    return f"{name}{sign}{rest}" if name else rest
 
 
 def _number(value: Any) -> bool:

@@ -110,8 +110,8 @@ class MLPParts:
         hidden: Tensor = act(up) if gate is None else act(gate) * up
         return hidden
 
-    def outward(self, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Hidden (..., inner) -> (..., width), by the down-projection of ``module`` and its dropout, if it has one."""
+    def outward(self, module: nn.Module, hidden: Tensor, update: Tensor | None = None) -> Tensor:
+        """Hidden (..., inner) -> (..., width), by the down-projection of ``module``, to which ``update`` is added, and its dropout."""
         dropout = getattr(module, "dropout", None)
         if self.inner_dropout:
             hidden = dropout(hidden) if callable(dropout) else hidden
@@ -120,6 +120,7 @@ class MLPParts:
                 hidden = hidden.to(weight.dtype)  # T5 keeps it in float32 over a half-precision model
             dropout = None
         y: Tensor = self._part(module, self.down)(hidden)
+        y = y if update is None else y + update.to(y.dtype)
         return dropout(y) if callable(dropout) else y
 
     @staticmethod
