@@ -45,8 +45,8 @@ class MixtureMethod(Method):
 
     experts: int = 8
     """Experts at each place, E in the formula."""
-    top_k: int | None = 2
-    """Experts that each token goes to."""
+    top_k: int = 2
+    """Experts that each token goes to, at least 2: the weight of a single one would always be 1, and the router never learn."""
     rank: int = 8
     """Rank of each expert."""
     alpha: float = 16.0
@@ -76,7 +76,7 @@ class MixtureMethod(Method):
         for label, value in {"experts": self.experts, "rank": self.rank, **counts}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{kind} {label} must be a positive integer, got {value!r}")
-        if self.top_k is not None:
+        if not self.soft:
             for label, experts in {"experts": self.experts, **counts}.items():
                 try:
                     TopKRouter(top_k=self.top_k).check(experts)
@@ -92,6 +92,11 @@ class MixtureMethod(Method):
         for label, allowed in self.choices.items():
             if getattr(self, label) not in allowed:
                 raise ConfigError(f"{kind} {label} must be one of {', '.join(allowed)}, got {getattr(self, label)!r}")
+
+    @property
+    def soft(self) -> bool:
+        """Whether each token goes to all experts, weighed by their probabilities."""
+        return False
 
     @property
     def scaling(self) -> float:
@@ -171,16 +176,20 @@ class MixtureAdapter(Adapter):
         with torch.autocast(x.device.type, enabled=False) if mixed else contextlib.nullcontext():
             return F.linear(x.to(self.router.dtype), self.router)
 
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """X (n, width) -> which of its tokens are no padding (n,), bool; None where nobody says."""
+        return None
+
     def assign(self, x: Tensor, mask: Tensor | None) -> Assignment:
         """X (n, width) -> which experts its tokens go to; ``mask`` (n,) is false at padding. In training with the losses."""
-        logits, top_k = self.logits(x), self.method.top_k
-        if top_k is None:
+        logits, soft = self.logits(x), self.method.soft
+        if soft:
             assignment = _to_all(logits, mask)
         else:
-            assignment = TopKRouter(top_k=top_k).route(logits, mask=mask, training=self.training)
+            assignment = TopKRouter(top_k=self.method.top_k).route(logits, mask=mask, training=self.training)
         losses = []
         if self.training and self.method.balance_coef:
-            loss = importance_loss if top_k is None else load_balancing_loss
+            loss = importance_loss if soft else load_balancing_loss
             losses.append(self.method.balance_coef * loss(assignment, mask))
         if self.training and self.method.z_coef:
             losses.append(self.method.z_coef * z_loss(assignment, mask))
@@ -190,7 +199,7 @@ class MixtureAdapter(Adapter):
 
     @override
     def extra_repr(self) -> str:
-        return f"experts={self.experts}, top_k={self.method.top_k}, rank={self.rank}"
+        return f"experts={self.experts}, top_k={'all' if self.method.soft else self.method.top_k}, rank={self.rank}"
 
 
 def importance_loss(assignment: Assignment, mask: Tensor | None = None) -> Tensor:

@@ -19,10 +19,9 @@ fresh mixture is the layer bit for bit; until B moves, the router has no gradien
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +50,15 @@ class LoRAMixture(MixtureMethod):
 
     name: ClassVar[str] = "lora_mixture"
 
-    top_k: int | None = 2
-    """Experts that each token goes to, at least 2; None weighs all experts, without a choice."""
+    choices = {**MixtureMethod.choices, "routing": ("top_k", "soft")}  # noqa: RUF012
+
+    routing: Literal["top_k", "soft"] = "top_k"
+    """Whether each token goes to its top_k experts or to all of them, weighed by their probabilities."""
 
     @classmethod
     def loramoe(cls, **fields: Any) -> LoRAMixture:
         """Return the mixture of Dou et al. but for its localised balance: all experts, six of rank 4; ``fields`` differ from that."""
-        return cls(**{"top_k": None, "experts": 6, "rank": 4, "alpha": 32.0, "dropout": 0.05, **fields})
+        return cls(**{"routing": "soft", "experts": 6, "rank": 4, "alpha": 32.0, "dropout": 0.05, **fields})
 
     @classmethod
     def mola(cls, depth: int, counts: tuple[int, int, int, int] = (2, 4, 6, 8), **fields: Any) -> LoRAMixture:
@@ -71,6 +72,11 @@ class LoRAMixture(MixtureMethod):
             raise ConfigError(f"LoRAMixture.mola depth must be a multiple of 4, got {depth!r}; give experts_pattern instead")
         pattern = {f"re:.*[.]{layer}[.].*": counts[4 * layer // depth] for layer in range(depth)}
         return cls(**{"experts": counts[-1], "experts_pattern": pattern, **fields})
+
+    @property
+    @override
+    def soft(self) -> bool:
+        return self.routing == "soft"
 
     @override
     def supports(self, module: nn.Module) -> bool:
@@ -112,7 +118,7 @@ class LowRankLinearExperts(MixtureAdapter):
         """X (..., in) -> y (..., out)."""
         y: Tensor = base(x)
         x = x.reshape(-1, self.in_features)
-        gates = self.gates(x, None).t()[:, None]  # (E, 1, n)
+        gates = self.gates(x, self.real_tokens(x)).t()[:, None]  # (E, 1, n)
         if self.training and self.method.dropout:
             x = F.dropout(x, self.method.dropout)
         A, B = (tensor.to(y.dtype).flatten(0, 1) for tensor in self.pair(""))  # (E * rank, in), (E * rank, out)

@@ -11,8 +11,8 @@ With G, U, D the gate, the up- and the down-projection of the frozen MLP, and dG
                 └── A_e x, all experts at once ┘                                └── sum_k w_k dD_e h_k ───┘
 
 The base projections run once a token, however many experts it has: G x and U x are the same for all, and D is linear, so
-sum_k w_k D h_k = D sum_k w_k h_k. As the weights sum to one, that is D (h_1 + sum_k w_k (h_k - h_1)): with all B zero a fresh
-mixture is the MLP bit for bit. Until B moves, the router has no gradient but that of its losses.
+sum_k w_k D h_k = D sum_k w_k h_k. As the weights sum to one, that is D (h + sum_k w_k (h_k - h)) with h = act(G x) * U x: with all
+B zero a fresh mixture is the MLP bit for bit. Until B moves, the router has no gradient but that of its losses.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.moe.experts import ExpertWeights, SlotOrder
 from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
+from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.moe.routing import Assignment
 from lightning_peft.quantized_layers import dense_weight
@@ -53,8 +54,6 @@ class MixLoRA(MixtureMethod):
     default_targets: ClassVar[tuple[str, ...]] = ("mlp",)
     choices = {**MixtureMethod.choices, "implementation": ("auto", "segments", "wide")}  # noqa: RUF012
 
-    top_k: int = 2
-    """Experts that each token goes to, at least 2: the weight of a single one would always be 1, and the router never learn."""
     rank: int = 16
     """Rank of each expert's pair at each projection."""
     alpha: float = 32.0
@@ -126,26 +125,28 @@ class LowRankMLPExperts(MixtureAdapter):
             call = functools.partial(adapter, call)
         return call(*args, **kwargs)
 
-    def mix(
-        self, module: nn.Module, x: Tensor, gate: Tensor | None, up: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def mix(self, module: nn.Module, x: Tensor, bases: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed hidden features (n, inner), and what the experts' down-projections add to the output (n, width).
 
         Args:
             module: the MLP.
             x: its input (n, width).
-            gate: what its gate makes of it (n, inner), if it has one.
-            up: what its up-projection makes of it (n, inner).
-            mask: which tokens are real (n,); None for all.
+            bases: what its gate, if it has one, and its up-projection make of it (n, inner).
+            hidden: its hidden features (n, inner).
         """
+        mask = self.real_tokens(x)
         assignment = self.assign(x, mask)
-        n, dtype = len(x), up.dtype
+        n, dtype = len(x), bases[-1].dtype
         A = torch.stack([self.pair(name)[0] for name in self.inward], dim=1)  # (E, 1 or 2, rank, width)
         low = self._dropped(x).to(dtype) @ A.to(dtype).flatten(0, 2).t()  # (n, E * 1 or 2 * rank)
-        low = low.view(n, self.experts, len(self.inward), self.rank)
-        run = self._wide if self._is_wide(x) else self._segments
-        hidden, rows = run(module, assignment, low, gate, up)  # (n, inner), (n, E * rank)
-        return hidden, self.scaling * (rows.to(dtype) @ self.pair("down")[1].to(dtype).flatten(0, 1))
+        low = low.view(n, self.experts, len(bases), self.rank)
+        between = functools.partial(_between, self.parts, module)
+        if self._is_wide(x):
+            mixed, spread = self._wide(between, assignment, low, bases, hidden)
+        else:
+            mixed, spread = self._segments(between, assignment, low, bases, hidden, mask)
+        rows = spread.to(dtype).flatten(1)  # (n, E * rank)
+        return mixed, self.scaling * (rows @ self.pair("down")[1].to(dtype).flatten(0, 1))
 
     def _is_wide(self, x: Tensor) -> bool:
         if self.implementation != "auto":
@@ -157,49 +158,53 @@ class LowRankMLPExperts(MixtureAdapter):
         return F.dropout(x, self.method.dropout) if self.training and self.method.dropout else x
 
     def _segments(
-        self, module: nn.Module, assignment: Assignment, low: Tensor, gate: Tensor | None, up: Tensor
+        self,
+        between: Between,
+        assignment: Assignment,
+        low: Tensor,
+        bases: Sequence[Tensor],
+        hidden: Tensor,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Sort the slots by expert and run one product an expert."""
         n, experts, parts, rank = low.shape
-        slots = SlotOrder.of(assignment)
+        slots, dtype = SlotOrder.of(assignment), bases[-1].dtype
         ends = slots.ends.tolist()
-        sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        plan = SegmentPlan(
+            tokens=slots.tokens,
+            sizes=[end - start for start, end in zip([0, *ends], ends, strict=False)],
+            between=between,
+            scaling=self.scaling,
+            dropout=self.method.dropout if self.training else 0.0,
+            padding=None if mask is None else ~mask,
+        )
         own = low.view(n * experts, parts * rank).index_select(0, slots.tokens * experts + slots.experts)
-        updated = []
-        for name, base, rows in zip(self.inward, [up] if gate is None else [gate, up], own.split(rank, 1), strict=True):
-            B = self.pair(name)[1].to(up.dtype).unbind(0)
-            each = zip(slots.gather(base).split(sizes), rows.split(sizes), B, strict=True)
-            updated.append(torch.cat([torch.addmm(y, h, b, alpha=self.scaling) for y, h, b in each]))
-        hidden = self.parts.between(module, updated[0] if gate is not None else None, updated[-1])  # (slots, inner)
-        A = self.pair("down")[0].to(up.dtype).unbind(0)
-        thin = torch.cat([h @ a.t() for h, a in zip(self._dropped(hidden).split(sizes), A, strict=True)])  # (slots, rank)
-        hidden, thin = (rows.index_select(0, slots.by_token).view(n, -1, rows.shape[1]) for rows in (hidden, thin))
-        weights = assignment.weights.view(n, -1, 1)
-        chosen = assignment.experts.view(n, -1, 1).expand(-1, -1, rank)
-        weighted = weights * thin  # (n, k, rank)
-        spread = torch.zeros(n, experts, rank, dtype=weighted.dtype, device=low.device).scatter(1, chosen, weighted)
-        return _average(hidden.unbind(1), weights.unbind(1)), spread.view(n, -1)
+        sorted_weights = assignment.weights.index_select(0, slots.order)
+        ups = [self.pair(name)[1].to(dtype) for name in self.inward]
+        mixed, thin = run_segments(plan, hidden, sorted_weights, own, self.pair("down")[0].to(dtype), bases, ups)
+        thin = thin.index_select(0, slots.by_token).view(n, -1, rank) * assignment.weights.view(n, -1, 1)  # (n, k, rank)
+        chosen = assignment.experts.view(n, -1, 1).expand(thin.shape)
+        return mixed, torch.zeros(n, experts, rank, dtype=thin.dtype, device=low.device).scatter(1, chosen, thin)
 
     def _wide(
-        self, module: nn.Module, assignment: Assignment, low: Tensor, gate: Tensor | None, up: Tensor
+        self, between: Between, assignment: Assignment, low: Tensor, bases: Sequence[Tensor], hidden: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Run the pairs of all experts as one, on rows that are zero but at the expert of the token."""
         n, experts, _, rank = low.shape
-        numbers = torch.arange(experts, device=low.device)
-        chosen = assignment.experts.view(n, -1, 1) == numbers  # (n, k, E)
+        chosen = assignment.experts.view(n, -1, 1) == torch.arange(experts, device=low.device)  # (n, k, E)
         weights = assignment.weights.view(n, -1, 1)
-        ups = [self.pair(name)[1].to(up.dtype).flatten(0, 1) for name in self.inward]  # (E * rank, inner)
-        down = self.pair("down")[0].to(up.dtype).flatten(0, 1)  # (E * rank, inner)
-        hidden, total = [], torch.zeros((), dtype=weights.dtype, device=low.device)
+        ups = [self.pair(name)[1].to(low.dtype).flatten(0, 1) for name in self.inward]  # (E * rank, inner)
+        down = self.pair("down")[0].to(low.dtype).flatten(0, 1)  # (E * rank, inner)
+        changes, spreads = [], []
         for k in range(chosen.shape[1]):
             here = chosen[:, k, :, None]  # (n, E, 1)
-            own = torch.where(here[:, :, None], low, 0.0)  # (n, E, 1 or 2, rank)
-            each = zip([up] if gate is None else [gate, up], own.unbind(2), ups, strict=True)
-            updated = [torch.addmm(y, h.reshape(n, -1), B, alpha=self.scaling) for y, h, B in each]
-            hidden.append(self.parts.between(module, updated[0] if gate is not None else None, updated[-1]))
-            thin = (self._dropped(hidden[-1]) @ down.t()).view(n, experts, rank)
-            total = total + torch.where(here, thin, 0.0) * weights[:, k, :, None]
-        return _average(hidden, weights.unbind(1)), total.view(n, -1)
+            own = torch.where(here[:, :, None], low, 0.0).unbind(2)  # (n, E, rank) for each of the bases
+            each = zip(bases, own, ups, strict=True)
+            h = between([torch.addmm(base, rows.flatten(1), B, alpha=self.scaling) for base, rows, B in each])
+            changes.append((h - hidden) * weights[:, k])  # float32 at least, as the weights are
+            thin = (self._dropped(h).to(low.dtype) @ down.t()).view(n, experts, rank)
+            spreads.append(torch.where(here, thin, 0.0) * weights[:, k, :, None])
+        return (hidden + functools.reduce(torch.add, changes)).to(hidden.dtype), functools.reduce(torch.add, spreads)
 
     @torch.no_grad()
     def expert_weights(self, base_layer: nn.Module) -> ExpertWeights:
@@ -228,27 +233,17 @@ def _mixed_mlp(module: nn.Module, mixtures: Sequence[LowRankMLPExperts], x: Tens
     """X (..., width) -> what the MLP ``module`` with the experts of ``mixtures`` makes of it; several add what each changes."""
     parts = mixtures[0].parts
     gate, up = parts.inward(module, x)
-    flat = x.reshape(-1, parts.width)
-    rows = [None if part is None else part.reshape(-1, parts.inner) for part in (gate, up)]
-    assert rows[1] is not None
-    results = [one.mix(module, flat, rows[0], rows[1], None) for one in mixtures]
-    hidden, update = results[0]
-    if len(results) > 1:
-        plain = parts.between(module, rows[0], rows[1])
-        hidden = plain + torch.stack([own - plain for own, _ in results]).sum(0)
-        update = torch.stack([own for _, own in results]).sum(0)
-    return parts.outward(module, hidden.view(*x.shape[:-1], parts.inner), update.view(x.shape))
+    bases = [part.reshape(-1, parts.inner) for part in (gate, up) if part is not None]
+    hidden = _between(parts, module, bases)
+    results = [one.mix(module, x.reshape(-1, parts.width), bases, hidden) for one in mixtures]
+    mixed, update = results[0]
+    for other, more in results[1:]:
+        mixed, update = mixed + (other - hidden), update + more
+    return parts.outward(module, mixed.view(*x.shape[:-1], parts.inner), update.view(x.shape))
 
 
-def _average(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """Return the sum of ``rows`` (n, features) times ``weights`` (n, 1) that sum to one; equal rows give exactly that row."""
-    first = rows[0]
-    total: Tensor | None = None
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        change = (row - first) * weight  # float32 at least, as the weights are
-        total = change if total is None else total + change
-    assert total is not None
-    return (first + total).to(first.dtype)
+def _between(parts: MLPParts, module: nn.Module, bases: Sequence[Tensor]) -> Tensor:
+    return parts.between(module, bases[0] if parts.gated else None, bases[-1])
 
 
 @hookimpl
