@@ -11,8 +11,8 @@ With G, U, D the gate, the up- and the down-projection of the frozen MLP, and dG
                 └── A_e x, all experts at once ┘                                └── sum_k w_k dD_e h_k ───┘
 
 The base projections run once a token, however many experts it has: G x and U x are the same for all, and D is linear, so
-sum_k w_k D h_k = D sum_k w_k h_k. As the weights sum to one, that is D (h + sum_k w_k (h_k - h)) with h = act(G x) * U x: with all
-B zero a fresh mixture is the MLP bit for bit. Until B moves, the router has no gradient but that of its losses.
+sum_k w_k D h_k = D sum_k w_k h_k. As the weights sum to one, that is D (h_1 + sum_k w_k (h_k - h_1)): with all B zero a fresh
+mixture is the MLP bit for bit. Until B moves, the router has no gradient but that of its losses.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from typing_extensions import override
 from lightning_peft.errors import TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.moe.experts import ExpertWeights, SlotOrder
+from lightning_peft.moe.experts import ExpertWeights
 from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
-from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, run_segments
+from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.moe.routing import Assignment
 from lightning_peft.quantized_layers import dense_weight
@@ -125,26 +125,21 @@ class LowRankMLPExperts(MixtureAdapter):
             call = functools.partial(adapter, call)
         return call(*args, **kwargs)
 
-    def mix(self, module: nn.Module, x: Tensor, bases: Sequence[Tensor], hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, module: nn.Module, x: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the mixed hidden features (n, inner), and what the experts' down-projections add to the output (n, width).
 
         Args:
             module: the MLP.
             x: its input (n, width).
             bases: what its gate, if it has one, and its up-projection make of it (n, inner).
-            hidden: its hidden features (n, inner).
         """
-        mask = self.real_tokens(x)
-        assignment = self.assign(x, mask)
+        assignment = self.assign(x, self.real_tokens(x))
         n, dtype = len(x), bases[-1].dtype
         A = torch.stack([self.pair(name)[0] for name in self.inward], dim=1)  # (E, 1 or 2, rank, width)
         low = self._dropped(x).to(dtype) @ A.to(dtype).flatten(0, 2).t()  # (n, E * 1 or 2 * rank)
         low = low.view(n, self.experts, len(bases), self.rank)
         between = functools.partial(_between, self.parts, module)
-        if self._is_wide(x):
-            mixed, spread = self._wide(between, assignment, low, bases, hidden)
-        else:
-            mixed, spread = self._segments(between, assignment, low, bases, hidden, mask)
+        mixed, spread = (self._wide if self._is_wide(x) else self._segments)(between, assignment, low, bases)
         rows = spread.to(dtype).flatten(1)  # (n, E * rank)
         return mixed, self.scaling * (rows @ self.pair("down")[1].to(dtype).flatten(0, 1))
 
@@ -158,53 +153,41 @@ class LowRankMLPExperts(MixtureAdapter):
         return F.dropout(x, self.method.dropout) if self.training and self.method.dropout else x
 
     def _segments(
-        self,
-        between: Between,
-        assignment: Assignment,
-        low: Tensor,
-        bases: Sequence[Tensor],
-        hidden: Tensor,
-        mask: Tensor | None,
+        self, between: Between, assignment: Assignment, low: Tensor, bases: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Sort the slots by expert and run one product an expert."""
         n, experts, parts, rank = low.shape
-        slots, dtype = SlotOrder.of(assignment), bases[-1].dtype
-        ends = slots.ends.tolist()
-        plan = SegmentPlan(
-            tokens=slots.tokens,
-            sizes=[end - start for start, end in zip([0, *ends], ends, strict=False)],
-            between=between,
-            scaling=self.scaling,
-            dropout=self.method.dropout if self.training else 0.0,
-            padding=None if mask is None else ~mask,
-        )
-        own = low.view(n * experts, parts * rank).index_select(0, slots.tokens * experts + slots.experts)
-        sorted_weights = assignment.weights.index_select(0, slots.order)
+        chosen = assignment.experts.view(n, -1)
+        segments = Segments.of(chosen, experts)
+        plan = SegmentPlan(segments, between, self.scaling, self.method.dropout if self.training else 0.0)
+        weights, dtype = _weights(assignment), bases[-1].dtype
+        own = low.view(n * experts, parts * rank).index_select(0, segments.tokens * experts + segments.experts)
         ups = [self.pair(name)[1].to(dtype) for name in self.inward]
-        mixed, thin = run_segments(plan, hidden, sorted_weights, own, self.pair("down")[0].to(dtype), bases, ups)
-        thin = thin.index_select(0, slots.by_token).view(n, -1, rank) * assignment.weights.view(n, -1, 1)  # (n, k, rank)
-        chosen = assignment.experts.view(n, -1, 1).expand(thin.shape)
-        return mixed, torch.zeros(n, experts, rank, dtype=thin.dtype, device=low.device).scatter(1, chosen, thin)
+        mixed, thin = run_segments(plan, weights, own, self.pair("down")[0].to(dtype), bases, ups)
+        thin = thin.index_select(0, segments.places).view(n, -1, rank) * weights[..., None]  # (n, k, rank)
+        spread = torch.zeros(n, experts, rank, dtype=thin.dtype, device=low.device)
+        return mixed, spread.scatter(1, chosen[..., None].expand(thin.shape), thin)
 
     def _wide(
-        self, between: Between, assignment: Assignment, low: Tensor, bases: Sequence[Tensor], hidden: Tensor
+        self, between: Between, assignment: Assignment, low: Tensor, bases: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Run the pairs of all experts as one, on rows that are zero but at the expert of the token."""
         n, experts, _, rank = low.shape
         chosen = assignment.experts.view(n, -1, 1) == torch.arange(experts, device=low.device)  # (n, k, E)
-        weights = assignment.weights.view(n, -1, 1)
+        weights = _weights(assignment)[..., None]  # (n, k, 1)
         ups = [self.pair(name)[1].to(low.dtype).flatten(0, 1) for name in self.inward]  # (E * rank, inner)
         down = self.pair("down")[0].to(low.dtype).flatten(0, 1)  # (E * rank, inner)
-        changes, spreads = [], []
+        hidden, spreads = [], []
         for k in range(chosen.shape[1]):
             here = chosen[:, k, :, None]  # (n, E, 1)
             own = torch.where(here[:, :, None], low, 0.0).unbind(2)  # (n, E, rank) for each of the bases
             each = zip(bases, own, ups, strict=True)
-            h = between([torch.addmm(base, rows.flatten(1), B, alpha=self.scaling) for base, rows, B in each])
-            changes.append((h - hidden) * weights[:, k])  # float32 at least, as the weights are
-            thin = (self._dropped(h).to(low.dtype) @ down.t()).view(n, experts, rank)
+            hidden.append(between([torch.addmm(base, rows.flatten(1), B, alpha=self.scaling) for base, rows, B in each]))
+            thin = (self._dropped(hidden[-1]).to(low.dtype) @ down.t()).view(n, experts, rank)
             spreads.append(torch.where(here, thin, 0.0) * weights[:, k, :, None])
-        return (hidden + functools.reduce(torch.add, changes)).to(hidden.dtype), functools.reduce(torch.add, spreads)
+        first_h, *others = hidden  # weights are float32 at least, so the sum is
+        changes = [(h - first_h) * weight for h, weight in zip(others, weights.unbind(1)[1:], strict=True)]
+        return functools.reduce(torch.add, changes, first_h).to(first_h.dtype), functools.reduce(torch.add, spreads)
 
     @torch.no_grad()
     def expert_weights(self, base_layer: nn.Module) -> ExpertWeights:
@@ -234,12 +217,23 @@ def _mixed_mlp(module: nn.Module, mixtures: Sequence[LowRankMLPExperts], x: Tens
     parts = mixtures[0].parts
     gate, up = parts.inward(module, x)
     bases = [part.reshape(-1, parts.inner) for part in (gate, up) if part is not None]
-    hidden = _between(parts, module, bases)
-    results = [one.mix(module, x.reshape(-1, parts.width), bases, hidden) for one in mixtures]
+    results = [one.mix(module, x.reshape(-1, parts.width), bases) for one in mixtures]
     mixed, update = results[0]
-    for other, more in results[1:]:
-        mixed, update = mixed + (other - hidden), update + more
+    if len(results) > 1:
+        hidden = _between(parts, module, bases)
+        for other, more in results[1:]:
+            mixed, update = mixed + (other - hidden), update + more
     return parts.outward(module, mixed.view(*x.shape[:-1], parts.inner), update.view(x.shape))
+
+
+def _weights(assignment: Assignment) -> Tensor:
+    """Return the weight of each choice of each token (n, k); they sum to one."""
+    n = len(assignment.logits)
+    weights = assignment.weights.view(n, -1)
+    if assignment.valid is None:
+        return weights
+    first = torch.arange(weights.shape[1], device=weights.device) == 0  # padding has no weight: there its first choice counts
+    return torch.where(assignment.valid.view(n, -1), weights, first.to(weights.dtype))
 
 
 def _between(parts: MLPParts, module: nn.Module, bases: Sequence[Tensor]) -> Tensor:
