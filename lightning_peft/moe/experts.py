@@ -52,8 +52,9 @@ class ExpertWeights:
 
     def to(self, dtype: torch.dtype) -> ExpertWeights:
         """Return the weights in ``dtype``."""
-        biases = [None if bias is None else bias.to(dtype) for bias in (self.gate_up_bias, self.down_bias)]
-        return ExpertWeights(self.gate_up.to(dtype), self.down.to(dtype), *biases, gated=self.gated)
+        up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype)
+        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
+        return ExpertWeights(self.gate_up.to(dtype), self.down.to(dtype), up_bias, down_bias, self.gated)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class SlotOrder:
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the row of ``x`` (n, d) at each sorted place (slots, d)."""
-        rows: Tensor = _Gather.apply(x, self)
+        rows: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class SlotOrder:
 
     def sum(self, rows: Tensor) -> Tensor:
         """Return the sum of each token's ``rows`` (slots, d), sorted, (n, d); always in the same order."""
-        total: Tensor = _Sum.apply(rows, self)
+        total: Tensor = _Sum.apply(rows, self)  # type: ignore[no-untyped-call]
         return total
 
     def _sum(self, rows: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         wide = torch.promote_types(torch.float32, gradient.dtype)
-        return _Sum.apply(gradient.to(wide), ctx.slots).to(gradient.dtype), None
+        return ctx.slots.sum(gradient.to(wide)).to(gradient.dtype), None
 
 
 class _Sum(torch.autograd.Function):
@@ -143,7 +144,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Gather.apply(gradient, ctx.slots), None
+        return ctx.slots.gather(gradient), None
 
 
 def run_experts(
@@ -178,6 +179,8 @@ def run_experts(
     slots = SlotOrder.of(assignment)
     rows = slots.gather(x).to(dtype)  # (slots, d)
     run = _grouped if chosen == "grouped_mm" else _unbound
+    if run is _unbound and torch.compiler.is_compiling():
+        run = torch.compiler.disable(_unbound)  # type: ignore[no-untyped-call]  # its sizes are values of the data: one break here beats a compilation a step
     return slots.combine(run(rows, slots, weights.to(dtype), activation), assignment.weights).to(x.dtype)
 
 
@@ -188,7 +191,9 @@ def _unbound(rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation:
     up_biases = (None,) * len(ups) if weights.gate_up_bias is None else weights.gate_up_bias.unbind(0)
     down_biases = (None,) * len(ups) if weights.down_bias is None else weights.down_bias.unbind(0)
     outputs = []
-    for part, up, down, up_bias, down_bias in zip(rows.split(sizes), ups, downs, up_biases, down_biases, strict=True):
+    for part, up, down, up_bias, down_bias in zip(
+        torch.split(rows, sizes), ups, downs, up_biases, down_biases, strict=True
+    ):
         outputs.append(F.linear(_activate(F.linear(part, up, up_bias), weights.gated, activation), down, down_bias))
     return torch.cat(outputs)
 
@@ -220,6 +225,8 @@ def _implementation(wanted: str, device: torch.device, dtype: torch.dtype, weigh
             raise ConfigError(f"implementation='grouped_mm' was asked for, but {obstacle}; choose 'auto' or 'unbind'")
         return wanted
     fits = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # torch 2.13 compiles it in bfloat16 only
+        fits = False
     return "grouped_mm" if fits and not obstacle else "unbind"
 
 

@@ -129,7 +129,89 @@ class TopKRouter(Router):
     ) -> Assignment:
         self.check(logits.shape[-1])
         logits = _wide(logits)
-        return _top_k(logits, torch.softmax(logits, dim=-1), self.top_k, self.combine, mask)
+        p = torch.softmax(logits, dim=-1)
+        return _top_k(p, self.top_k, self.combine, mask, logits=logits, probabilities=p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyTopKRouter(TopKRouter):
+    """Top-K over logits with noise in training, so that experts that are not quite chosen are tried.
+
+    ::
+
+        p = softmax(logits + noise / E * N(0, 1))        Riquelme et al., arXiv:2106.05974
+
+    The losses see the logits without noise.
+    """
+
+    name: ClassVar[str] = "noisy_top_k"
+
+    noise: float = 1.0
+    """Standard deviation of the noise, times the number of experts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.noise > 0 and math.isfinite(self.noise)):
+            raise ConfigError(f"{type(self).__name__} noise must be positive and finite, got {self.noise!r}")
+
+    @override
+    def route(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+        training: bool = False,
+    ) -> Assignment:
+        self.check(logits.shape[-1])
+        logits = _wide(logits)
+        p = torch.softmax(logits, dim=-1)
+        noisy = p
+        if training:
+            noisy = torch.softmax(logits + torch.randn_like(logits) * (self.noise / logits.shape[-1]), dim=-1)
+        return _top_k(noisy, self.top_k, self.combine, mask, logits=logits, probabilities=p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SigmoidRouter(Router):
+    """Each token takes the ``top_k`` experts of the highest sigmoid; experts do not compete for probability.
+
+    ::
+
+        s = sigmoid(logits)        renorm: w_j = s_j / Σ_{i in S} s_i  (DeepSeek-V3, arXiv:2412.19437)        sigmoid: w_j = s_j
+
+    The probabilities that the losses see are s / Σ_e s_e.
+    """
+
+    name: ClassVar[str] = "sigmoid"
+    causal: ClassVar[bool] = True
+
+    top_k: int = 2
+    """Experts that each token goes to."""
+    combine: Literal["renorm", "sigmoid", "straight_through"] = "renorm"
+    """How sigmoids become weights."""
+
+    def __post_init__(self) -> None:
+        _check_top_k(self, self.top_k, self.combine, ("renorm", "sigmoid", "straight_through"))
+
+    @override
+    def check(self, experts: int) -> None:
+        _check_experts(self, self.top_k, experts)
+
+    @override
+    def route(
+        self,
+        logits: Tensor,
+        *,
+        mask: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+        training: bool = False,
+    ) -> Assignment:
+        self.check(logits.shape[-1])
+        logits = _wide(logits)
+        scores = torch.sigmoid(logits)
+        p = scores / scores.sum(-1, keepdim=True)
+        return _top_k(scores, self.top_k, self.combine, mask, logits=logits, probabilities=p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,11 +306,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _top_k(
-    logits: Tensor, p: Tensor, k: int, combine: str, mask: Tensor | None, scores: Tensor | None = None
+    values: Tensor, k: int, combine: str, mask: Tensor | None, *, logits: Tensor, probabilities: Tensor
 ) -> Assignment:
-    """Return the assignment of each token to the k experts of highest ``scores`` (n, experts), by default ``p``."""
-    scores = p if scores is None else scores
-    top, experts = scores.topk(k, dim=-1)  # (n, k)
+    """Return the assignment of each token to the k experts of highest ``values`` (n, experts), which give the weights."""
+    top, experts = values.topk(k, dim=-1)  # (n, k)
     if combine == "renorm":
         top = top / top.sum(-1, keepdim=True)
     elif combine == "straight_through":
@@ -237,8 +318,8 @@ def _top_k(
     if mask is not None:
         valid = mask[:, None].expand_as(top).reshape(-1)
         top = torch.where(mask[:, None], top, 0.0)
-    tokens = torch.arange(len(p), device=p.device).repeat_interleave(k)
-    return Assignment(tokens, experts.reshape(-1), top.reshape(-1), logits, p, k, valid)
+    tokens = torch.arange(len(values), device=values.device).repeat_interleave(k)
+    return Assignment(tokens, experts.reshape(-1), top.reshape(-1), logits, probabilities, k, valid)
 
 
 def _expert_choice_weights(p: Tensor, tokens: Tensor, experts: Tensor, valid: Tensor, combine: str) -> Tensor:
