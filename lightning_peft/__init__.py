@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
+    from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
@@ -118,6 +119,7 @@ _HOME = {
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
+    "MoEUpcycling": "plugins.moe_upcycling",
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
     "PEFTCLI": "cli",
