@@ -28,6 +28,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import load_balancing_loss, with_auxiliary_loss, z_loss
 from lightning_peft.moe.routing import Assignment, TopKRouter
+from lightning_peft.moe.statistics import Routed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class MixtureMethod(Method):
         return {"experts": self.experts_pattern}
 
 
-class MixtureAdapter(Adapter):
+class MixtureAdapter(Routed, Adapter):
     """The router of one place, and what makes the experts' parameters there.
 
     Args:
@@ -119,7 +120,7 @@ class MixtureAdapter(Adapter):
 
     def __init__(self, method: MixtureMethod, like: Tensor, width: int) -> None:
         super().__init__()
-        self.method, self.experts, self.rank, self.scaling = method, method.experts, method.rank, method.scaling
+        self.method, self.num_experts, self.rank, self.scaling = method, method.experts, method.rank, method.scaling
         held = like.dtype if like.is_floating_point() else torch.float32  # packed weights of a quantised base
         wide = torch.promote_types(torch.float32, held)
         self._device, self._dtype = like.device, held if method.dtype == "base" else wide
@@ -133,7 +134,7 @@ class MixtureAdapter(Adapter):
     def new_pair(self, name: str, in_features: int, out_features: int) -> None:
         """Allocate the A (experts, rank, in) and B (experts, rank, out) of one projection."""
         for letter, features in (("A", in_features), ("B", out_features)):
-            shape = (self.experts, self.rank, features)
+            shape = (self.num_experts, self.rank, features)
             tensor = torch.empty(shape, device=self._device, dtype=self._dtype)
             self.register_parameter(_joined("_", name, f"lora_{letter}"), nn.Parameter(tensor))
 
@@ -176,10 +177,6 @@ class MixtureAdapter(Adapter):
         with torch.autocast(x.device.type, enabled=False) if mixed else contextlib.nullcontext():
             return F.linear(x.to(self.router.dtype), self.router)
 
-    def real_tokens(self, x: Tensor) -> Tensor | None:
-        """X (n, width) -> which of its tokens are no padding (n,), bool; None where nobody says."""
-        return None
-
     def assign(self, x: Tensor, mask: Tensor | None) -> Assignment:
         """X (n, width) -> which experts its tokens go to; ``mask`` (n,) is false at padding. In training with the losses."""
         logits, soft = self.logits(x), self.method.soft
@@ -187,6 +184,7 @@ class MixtureAdapter(Adapter):
             assignment = _to_all(logits, mask)
         else:
             assignment = TopKRouter(top_k=self.method.top_k).route(logits, mask=mask, training=self.training)
+        self.observe(assignment, mask)
         losses = []
         if self.training and self.method.balance_coef:
             loss = importance_loss if soft else load_balancing_loss
@@ -199,7 +197,7 @@ class MixtureAdapter(Adapter):
 
     @override
     def extra_repr(self) -> str:
-        return f"experts={self.experts}, top_k={'all' if self.method.soft else self.method.top_k}, rank={self.rank}"
+        return f"experts={self.num_experts}, top_k={'all' if self.method.soft else self.method.top_k}, rank={self.rank}"
 
 
 def importance_loss(assignment: Assignment, mask: Tensor | None = None) -> Tensor:

@@ -118,17 +118,17 @@ class LowRankLinearExperts(MixtureAdapter):
         """X (..., in) -> y (..., out)."""
         y: Tensor = base(x)
         x = x.reshape(-1, self.in_features)
-        gates = self.gates(x, self.real_tokens(x)).t()[:, None]  # (E, 1, n)
+        gates = self.gates(x).t()[:, None]  # (E, 1, n)
         if self.training and self.method.dropout:
             x = F.dropout(x, self.method.dropout)
         A, B = (tensor.to(y.dtype).flatten(0, 1) for tensor in self.pair(""))  # (E * rank, in), (E * rank, out)
         h = A @ x.to(y.dtype).t()  # (E * rank, n)
-        h = (h.view(self.experts, self.rank, -1) * gates.to(y.dtype)).flatten(0, 1)
+        h = (h.view(self.num_experts, self.rank, -1) * gates.to(y.dtype)).flatten(0, 1)
         return torch.addmm(y.reshape(-1, self.out_features), h.t(), B, alpha=self.scaling).view(y.shape)
 
-    def gates(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def gates(self, x: Tensor) -> Tensor:
         """X (n, in) -> the weight of each expert for each token (n, experts), in float32."""
-        assignment = self.assign(x, mask)
+        assignment = self.assign(x, None)
         weights, chosen = (part.view(len(x), -1) for part in (assignment.weights, assignment.experts))
         return torch.zeros_like(assignment.logits).scatter(1, chosen, weights)
 

@@ -27,15 +27,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import TargetError
+from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.moe.experts import ExpertWeights
+from lightning_peft.moe.feed_forward import MLPs
 from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
 from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
+from lightning_peft.moe.padding import MaskReader, mask_argument, take_note
 from lightning_peft.moe.routing import Assignment
 from lightning_peft.quantized_layers import dense_weight
+
+_READER = "padding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +76,17 @@ class MixLoRA(MixtureMethod):
         return MLPParts.of(module) is not None
 
     @override
+    def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
+        """Add the attention of each block, which is told what is padding and tells the mixture."""
+        mlps, modules = MLPs(model, family), dict(base_modules(model))
+        found = dict.fromkeys(mlps.attention(target.path) for target in targets)
+        readers = [path for path in found if path is not None and mask_argument(unwrapped(modules[path])) is not None]
+        return [*targets, *(Target(path=path, rule=_READER) for path in readers)]
+
+    @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        if target.rule == _READER:
+            return MaskReader(module)
         return LowRankMLPExperts(self, module, target)
 
 
@@ -125,19 +141,20 @@ class LowRankMLPExperts(MixtureAdapter):
             call = functools.partial(adapter, call)
         return call(*args, **kwargs)
 
-    def mix(self, module: nn.Module, x: Tensor, bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def mix(self, module: nn.Module, x: Tensor, bases: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the mixed hidden features (n, inner), and what the experts' down-projections add to the output (n, width).
 
         Args:
             module: the MLP.
             x: its input (n, width).
             bases: what its gate, if it has one, and its up-projection make of it (n, inner).
+            mask: which tokens are no padding (n,), bool; None for all.
         """
-        assignment = self.assign(x, self.real_tokens(x))
+        assignment = self.assign(x, mask)
         n, dtype = len(x), bases[-1].dtype
         A = torch.stack([self.pair(name)[0] for name in self.inward], dim=1)  # (E, 1 or 2, rank, width)
         low = self._dropped(x).to(dtype) @ A.to(dtype).flatten(0, 2).t()  # (n, E * 1 or 2 * rank)
-        low = low.view(n, self.experts, len(bases), self.rank)
+        low = low.view(n, self.num_experts, len(bases), self.rank)
         between = functools.partial(_between, self.parts, module)
         mixed, spread = (self._wide if self._is_wide(x) else self._segments)(between, assignment, low, bases)
         rows = spread.to(dtype).flatten(1)  # (n, E * rank)
@@ -201,7 +218,7 @@ class LowRankMLPExperts(MixtureAdapter):
             if biases["up"] is not None:
                 biases["gate"], biases["up"] = biases["up"].chunk(2)
         whole = {name: held[name] + self.update_of(name) for name in self.pairs}  # (E, out, in)
-        stacked = {name: None if b is None else b.expand(self.experts, -1) for name, b in biases.items()}
+        stacked = {name: None if b is None else b.expand(self.num_experts, -1) for name, b in biases.items()}
         inner = [stacked[name] for name in self.inward]
         return ExpertWeights(
             gate_up=torch.cat([whole[name] for name in self.inward], dim=1),
@@ -217,7 +234,9 @@ def _mixed_mlp(module: nn.Module, mixtures: Sequence[LowRankMLPExperts], x: Tens
     parts = mixtures[0].parts
     gate, up = parts.inward(module, x)
     bases = [part.reshape(-1, parts.inner) for part in (gate, up) if part is not None]
-    results = [one.mix(module, x.reshape(-1, parts.width), bases) for one in mixtures]
+    flat = x.reshape(-1, parts.width)
+    grid = take_note(len(flat))
+    results = [one.mix(module, flat, bases, grid.mask if grid is not None else None) for one in mixtures]
     mixed, update = results[0]
     if len(results) > 1:
         hidden = _between(parts, module, bases)

@@ -28,6 +28,7 @@ from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.low_rank_segments import SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.moe.routing import TopKRouter
+from lightning_peft.moe.statistics import RouterStatistics
 from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
 
 BOTH = pytest.mark.parametrize("implementation", ["segments", "wide"])
@@ -43,6 +44,11 @@ def randomised(model, seed=0, std=0.2):
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
     return model
+
+
+def mixtures(model):
+    """The adapted MLPs by path."""
+    return {path: layer for path, layer in adapter_layers(model).items() if hasattr(layer.adapters["default"], "router")}
 
 
 def logits(model, batch=None):
@@ -151,7 +157,7 @@ def test_the_segments_are_differentiated_right():
 def test_a_fresh_mixture_is_the_model_whatever_the_router_says(implementation):
     model, plain = tiny_llama(), tiny_llama()
     inject(model, MixLoRA(experts=6, top_k=3, rank=2, implementation=implementation))
-    for layer in adapter_layers(model).values():
+    for layer in mixtures(model).values():
         nn.init.normal_(layer.adapters["default"].router, std=3.0)
     assert torch.equal(logits(model), logits(plain))
 
@@ -192,7 +198,7 @@ def test_mixtral_with_the_experts_as_whole_weights_gives_the_same_logits(combine
     )
     config._experts_implementation = "eager" if combine == "one by one" else "batched_mm"
     mixtral = transformers.MixtralForCausalLM(config).eval()
-    layers = adapter_layers(model)
+    layers = mixtures(model)
     with adapters_disabled(model), torch.no_grad():
         dense = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items() if ".adapters." not in k}
         missing = mixtral.load_state_dict({k: v for k, v in dense.items() if ".mlp." not in k}, strict=False)
@@ -212,7 +218,7 @@ def test_whole_experts_act_as_the_mixture(make):
     model = make()
     inject(model, MixLoRA(experts=4, rank=3))
     randomised(model)
-    layer = next(iter(adapter_layers(model).values()))
+    layer = next(iter(mixtures(model).values()))
     own, x = layer.adapters["default"], torch.randn(9, 64)
     with torch.no_grad():
         activation = getattr(layer.base_layer, own.parts.activation)
@@ -246,7 +252,7 @@ def test_the_router_learns_from_the_balance_until_the_experts_differ():
         model = tiny_llama()
         inject(model, MixLoRA(experts=4, rank=2, balance_coef=coef))
         model.train()(**token_batch()).logits.square().mean().backward()
-        gradients = [layer.adapters["default"].router.grad for layer in adapter_layers(model).values()]
+        gradients = [layer.adapters["default"].router.grad for layer in mixtures(model).values()]
         sizes[coef] = [float(gradient.norm()) for gradient in gradients]
     assert max(sizes[0.0]) < 1e-4 * min(sizes[1e-3])
 
@@ -273,6 +279,7 @@ def test_training_adds_the_balance_loss_of_each_layer(implementation):
     assert relative(quiet, found) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
 def test_a_compiled_step_of_training_is_the_eager_one():
     def gradients(compiled):
         model = tiny_llama()
@@ -287,6 +294,29 @@ def test_a_compiled_step_of_training_is_the_eager_one():
     torch._dynamo.reset()
     for name, gradient in eager.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_padding_has_no_part_in_the_losses_and_the_figures():
+    """A batch with padding gives the router the gradient of the same batch without."""
+
+    def gradients(left_out):
+        model = tiny_llama()
+        torch.manual_seed(0)
+        inject(model, MixLoRA(experts=4, rank=2, dropout=0.0, balance_coef=1.0))
+        randomised(model).train()
+        ids = token_batch(rows=1)["input_ids"]
+        mask = torch.ones_like(ids)
+        own = model.model.layers[0].mlp.adapters["default"]
+        own.statistics = RouterStatistics(4)
+        if not left_out:
+            ids, mask = (F.pad(part, (0, 5), value=value) for part, value in ((ids, 7), (mask, 0)))
+        model(input_ids=ids, attention_mask=mask).logits[:, :12].square().mean().backward()
+        return own.statistics.report(), own.router.grad
+
+    (report, padded), (bare_report, bare) = gradients(False), gradients(True)
+    assert relative(padded, bare) <= 1e-4
+    assert report.load == pytest.approx(bare_report.load)
+    assert report.load != pytest.approx((0.25,) * 4)
 
 
 @BOTH
@@ -330,10 +360,12 @@ def test_every_kind_of_mlp_starts_as_it_is_and_acts_as_whole_experts(family):
     with torch.no_grad():
         base = model(**batch)[0]
         inject(model, MixLoRA(experts=3, rank=2))
-        assert torch.equal(model(**batch)[0], base)
+        fresh = model(**batch)[0]
+        # Phi-3's gate and up-projection are halves of one tensor, where the activation may round otherwise.
+        assert relative(fresh, base) <= 1e-6 if family == "phi3" else torch.equal(fresh, base)
         randomised(model)
         assert relative(model(**batch)[0], base) > 1e-3
-        layers = adapter_layers(model)
+        layers = mixtures(model)
         assert len(layers) == 2
         layer = next(iter(layers.values()))
         own, x = layer.adapters["default"], torch.randn(1, 9, 32)
@@ -349,7 +381,7 @@ def test_attention_gets_its_lora_by_composition():
     inject_all(model, [mixture, Adaptation(LoRA(rank=2), ["query", "key", "value", "output"])])
     paths = list(adapter_layers(model))
     assert sum(path.endswith("mlp") for path in paths) == 2
-    assert sum("self_attn" in path for path in paths) == 8
+    assert sum("self_attn." in path for path in paths) == 8
     assert torch.equal(logits(model), logits(tiny_llama()))
 
 
