@@ -193,7 +193,9 @@ class MixtureAdapter(Routed, Adapter):
             losses.append(self.method.z_coef * z_loss(assignment, mask))
         if not losses:
             return assignment
-        return dataclasses.replace(assignment, weights=with_auxiliary_loss(assignment.weights, sum(losses[1:], losses[0])))
+        return dataclasses.replace(
+            assignment, weights=with_auxiliary_loss(assignment.weights, sum(losses[1:], losses[0]))
+        )
 
     @override
     def extra_repr(self) -> str:

@@ -89,7 +89,7 @@ def run_segments(
         bases: what the gate, if any, and the up-projection give (n, inner).
         ups: the B of each of them (experts, rank, inner).
     """
-    mixed, thin = _Segments.apply(plan, weights, low, down, *bases, *ups)
+    mixed, thin = _Segments.apply(plan, weights, low, down, *bases, *ups)  # type: ignore[no-untyped-call]
     return mixed, thin
 
 

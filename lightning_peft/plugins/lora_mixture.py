@@ -69,7 +69,9 @@ class LoRAMixture(MixtureMethod):
             8
         """
         if depth < 4 or depth % 4:
-            raise ConfigError(f"LoRAMixture.mola depth must be a multiple of 4, got {depth!r}; give experts_pattern instead")
+            raise ConfigError(
+                f"LoRAMixture.mola depth must be a multiple of 4, got {depth!r}; give experts_pattern instead"
+            )
         pattern = {f"re:.*[.]{layer}[.].*": counts[4 * layer // depth] for layer in range(depth)}
         return cls(**{"experts": counts[-1], "experts_pattern": pattern, **fields})
 
@@ -104,7 +106,7 @@ class LowRankLinearExperts(MixtureAdapter):
         weight = module.weight
         assert isinstance(weight, Tensor)
         widths = weight.shape if is_conv1d_linear(module) else (module.in_features, module.out_features)
-        self.in_features, self.out_features = (int(width) for width in widths)  # type: ignore[union-attr, arg-type]
+        self.in_features, self.out_features = (int(width) for width in widths)  # type: ignore[arg-type]
         super().__init__(method, weight, self.in_features)
         self.new_pair("", self.in_features, self.out_features)
 

@@ -199,7 +199,9 @@ class LowRankMLPExperts(MixtureAdapter):
             here = chosen[:, k, :, None]  # (n, E, 1)
             own = torch.where(here[:, :, None], low, 0.0).unbind(2)  # (n, E, rank) for each of the bases
             each = zip(bases, own, ups, strict=True)
-            hidden.append(between([torch.addmm(base, rows.flatten(1), B, alpha=self.scaling) for base, rows, B in each]))
+            hidden.append(
+                between([torch.addmm(base, rows.flatten(1), B, alpha=self.scaling) for base, rows, B in each])
+            )
             thin = (self._dropped(hidden[-1]).to(low.dtype) @ down.t()).view(n, experts, rank)
             spreads.append(torch.where(here, thin, 0.0) * weights[:, k, :, None])
         first_h, *others = hidden  # weights are float32 at least, so the sum is
@@ -251,7 +253,9 @@ def _weights(assignment: Assignment) -> Tensor:
     weights = assignment.weights.view(n, -1)
     if assignment.valid is None:
         return weights
-    first = torch.arange(weights.shape[1], device=weights.device) == 0  # padding has no weight: there its first choice counts
+    first = (
+        torch.arange(weights.shape[1], device=weights.device) == 0
+    )  # padding has no weight: there its first choice counts
     return torch.where(assignment.valid.view(n, -1), weights, first.to(weights.dtype))
 
 

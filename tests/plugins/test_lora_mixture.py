@@ -15,7 +15,9 @@ from lightning_peft.moe.routing import TopKRouter
 from lightning_peft.moe.statistics import RouterStatistics
 from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
 
-METHODS = pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"routing": "soft"}, {"routing": "soft", "rslora": True}])
+METHODS = pytest.mark.parametrize(
+    "fields", [{}, {"top_k": 3}, {"routing": "soft"}, {"routing": "soft", "rslora": True}]
+)
 
 
 def adapted(fields, bias=True):

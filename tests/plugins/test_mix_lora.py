@@ -48,7 +48,9 @@ def randomised(model, seed=0, std=0.2):
 
 def mixtures(model):
     """The adapted MLPs by path."""
-    return {path: layer for path, layer in adapter_layers(model).items() if hasattr(layer.adapters["default"], "router")}
+    return {
+        path: layer for path, layer in adapter_layers(model).items() if hasattr(layer.adapters["default"], "router")
+    }
 
 
 def logits(model, batch=None):
