@@ -146,10 +146,10 @@ def test_the_segments_are_differentiated_right():
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in
                [(10, 4), (4, 2, 3), (5, 3), (5, 3), (4, 2, 3), (4, 2, 3)]]  # fmt: skip
 
-    def run(scores, low, down, gate, up, gate_B, up_B, dropout=0.4):
+    def run(scores, low, down, gate, up, gate_b, up_b, dropout=0.4):
         torch.manual_seed(1)
         plan = SegmentPlan(segments, lambda parts: F.silu(parts[0]) * parts[1], 0.7, dropout)
-        return run_segments(plan, torch.softmax(scores, -1), low, down, [gate, up], [gate_B, up_B])
+        return run_segments(plan, torch.softmax(scores, -1), low, down, [gate, up], [gate_b, up_b])
 
     assert torch.autograd.gradcheck(run, (scores, *tensors))
     assert torch.autograd.gradcheck(functools.partial(run, dropout=0.0), (scores, *tensors))
