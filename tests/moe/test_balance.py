@@ -93,7 +93,7 @@ class Mixture(Adapter, Routed):
     def reset_parameters(self, base_layer):
         generator = torch.Generator().manual_seed(3)
         for parameter in self.parameters():
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
     def mix(self, x):
         assignment = TopKRouter(combine="softmax").route(x @ self.router.t())
@@ -137,7 +137,7 @@ class Plain(PEFTMixin, LightningModule):
         self.twice, self.gradients = twice, []
 
     def training_step(self, batch, batch_idx):
-        y = self.net(batch)
+        y = self.net(batch.requires_grad_())  # as reentrant checkpoints need it
         y = self.net(y) if self.twice else y
         loss = y.square().mean()
         (mixture,) = mixtures(self)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, SigmoidRouter, TopKRouter
+from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, SigmoidRouter, TopKRouter, router_named
 
 
 def some_logits(n, experts, seed=0):
@@ -227,3 +227,11 @@ def test_the_gradient_of_expert_choice_goes_through_the_weights(combine):
 def test_a_router_can_be_written_down_and_read_again(kind):
     router = kind()
     assert kind.from_config(router.to_config()) == router
+    assert router_named(kind.name, router.to_config()) == router
+
+
+def test_an_unknown_router_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        ConfigError, match="there is no router 'topk'; did you mean 'top_k'. The routers are: top_k, noisy_top_k"
+    ):
+        router_named("topk")
