@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
+    from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
     from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
@@ -115,9 +117,11 @@ _HOME = {
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
     "LoRAGA": "plugins.lora_ga",
+    "LoRAMixture": "plugins.lora_mixture",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
+    "MixLoRA": "plugins.mix_lora",
     "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
