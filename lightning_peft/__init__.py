@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
@@ -113,6 +114,7 @@ _HOME = {
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
+    "MoEUpcycling": "plugins.moe_upcycling",
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
     "PEFTCLI": "cli",

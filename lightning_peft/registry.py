@@ -52,6 +52,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.full",
     "lightning_peft.plugins.vera",
     "lightning_peft.plugins.trainable_tokens",
+    "lightning_peft.plugins.moe_upcycling",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
