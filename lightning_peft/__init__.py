@@ -59,7 +59,9 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
+    from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
     from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
@@ -108,9 +110,11 @@ _HOME = {
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
+    "LoRAMixture": "plugins.lora_mixture",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
+    "MixLoRA": "plugins.mix_lora",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",

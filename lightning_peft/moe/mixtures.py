@@ -49,11 +49,10 @@ class Mixture:
 
     def weights(self) -> ExpertWeights:
         """Return the experts as whole weights; those that are held so are not copied."""
-        make = getattr(self.adapter, "expert_weights", None)
-        if callable(make):
-            whole: ExpertWeights = make(self.layer.base_layer)
-            return whole
         held = {key: value.detach() for key, value in self.adapter.named_parameters(recurse=False)}
+        if "down_proj" not in held:
+            whole: ExpertWeights = self.adapter.expert_weights(self.layer.base_layer)  # type: ignore[operator]
+            return whole
         entry = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
         biases = [held.get(f"{name}_bias") for name in (entry, "down_proj")]
         return ExpertWeights(held[entry], held["down_proj"], *biases, gated=entry == "gate_up_proj")
