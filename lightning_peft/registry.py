@@ -59,6 +59,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
     "lightning_peft.plugins.exporters",
+    "lightning_peft.plugins.moe_exporters",
 )
 """The built-in plugins, in the order they load. A new built-in method is one file and one line here."""
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6}
-"""Largest difference of logits, relative to the largest logit. Half precision has another measure, see :func:`difference`."""
+from lightning_peft.errors import ExportError
+
+EXACT_TOLERANCE = 2e-6
+"""Largest difference of any logit, as a share of the largest logit, in float32 and float64."""
 HALF_TOLERANCE = 5e-2
+"""The same in half precision, for the median over tokens: a rounded router may well send one to other experts."""
 
 
 def probe(config: Any, tokens: int) -> Tensor:
@@ -21,28 +23,49 @@ def probe(config: Any, tokens: int) -> Tensor:
     return torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
+@contextlib.contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Have ``model`` in eval mode for the time of a ``with`` block, and every module in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def logits(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits (batch, sequence, vocabulary) of ``model`` in eval mode; its modes are left as they were."""
-    with in_eval(model):
+    """Return the logits (batch, sequence, vocabulary) of ``model`` in eval mode, on the CPU."""
+    with _in_eval(model):
         found: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits
-    return found
+    return found.cpu()
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
-    """Return how far ``found`` (batch, sequence, vocabulary) is from ``wanted``, as a share of the largest logit.
+    """Return how far logits ``found`` (batch, sequence, vocabulary) are from ``wanted``, as a share of the largest of these.
 
-    In half precision a rounded router may send a token to other experts, rightly, so there it is the median over tokens.
+    It is the largest over tokens, in half precision the median over tokens.
     """
-    found, wanted = found.double(), wanted.double().to(found.device)
+    exact = wanted.dtype in (torch.float32, torch.float64)
+    found, wanted = found.double(), wanted.double()
     size = wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    largest = (found - wanted).abs().amax(-1) / size  # (batch, sequence)
-    largest = torch.where(largest.isnan(), torch.inf, largest)
-    return float(largest.max())
+    shares = ((found - wanted).abs().amax(-1) / size).nan_to_num(torch.inf)  # (batch, sequence)
+    return float(shares.max() if exact else shares.median())
 
 
-def median_difference(found: Tensor, wanted: Tensor) -> float:
-    """Return the median over tokens of what :func:`difference` is the largest of."""
-    found, wanted = found.double(), wanted.double().to(found.device)
-    size = wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
-    return float(((found - wanted).abs().amax(-1) / size).nan_to_num(torch.inf).median())
+def check(found: Tensor, wanted: Tensor, what: str) -> float:
+    """Return the difference of logits ``found`` from ``wanted``.
+
+    Raises:
+        ExportError: it is more than the precision explains.
+    """
+    exact = wanted.dtype in (torch.float32, torch.float64)
+    allowed, share = EXACT_TOLERANCE if exact else HALF_TOLERANCE, difference(found, wanted)
+    if not share <= allowed:
+        raise ExportError(
+            f"{what} was read again and gives logits that differ by {share:.1e} of the largest, more than the {allowed:.0e} that "
+            f"{wanted.dtype} explains; nothing was kept. Please report the model's configuration"
+        )
+    return share

@@ -71,6 +71,11 @@ def own_format() -> str:
     return "save_adapter(model, folder) writes any mixture in this library's own format"
 
 
+def no_format(kind: str) -> str:
+    """Say that a model of the class ``kind`` can be written in this library's own format only."""
+    return f"no format of transformers holds a {kind} whose MLPs are mixtures of experts (known: {', '.join(SOURCES)}); {own_format()}"
+
+
 def choose(kind: str, wanted: str, layers: int, shape: MixtureShape) -> str:
     """Return the format for a model of the class ``kind`` with so many ``layers``: ``wanted``, or the best one for ``auto``.
 
@@ -79,9 +84,7 @@ def choose(kind: str, wanted: str, layers: int, shape: MixtureShape) -> str:
     """
     formats = SOURCES.get(kind, ())
     if not formats:
-        raise ExportError(
-            f"no format of transformers holds a {kind} whose MLPs are mixtures of experts (known: {', '.join(SOURCES)}); {own_format()}"
-        )
+        raise ExportError(no_format(kind))
     dense = layers - len(shape.layers)
     if wanted == "auto":
         return formats[-1] if dense or not shape.normalized else formats[0]
