@@ -22,7 +22,7 @@ from lightning_peft.injection import records
 from lightning_peft.merging import merge_adapters
 from lightning_peft.moe.mixtures import Mixture, mixtures
 from lightning_peft.moe.routing import ExpertChoiceRouter, Router, TopKRouter
-from lightning_peft.moe.transformers_formats import SOURCES, MixtureShape, no_format, own_format
+from lightning_peft.moe.transformers_formats import SOURCES, MixtureShape, empty_experts_allowed, no_format, own_format
 
 
 def acting_mixtures(model: nn.Module) -> dict[str, Mixture]:
@@ -64,9 +64,13 @@ def shape_of(places: Mapping[str, Mixture], rules: Mapping[str, Router]) -> Mixt
         layers.append(int(match.group(1)))
         weights, rule = mixture.weights(), rules[path]
         if not weights.gated:
-            raise ExportError(f"the experts at {path!r} are MLPs without a gate, which no format here has; {own_format()}")
+            raise ExportError(
+                f"the experts at {path!r} are MLPs without a gate, which no format here has; {own_format()}"
+            )
         if weights.gate_up_bias is not None or weights.down_bias is not None:
-            raise ExportError(f"the experts at {path!r} have biases (mlp_bias=True), which no format here has; {own_format()}")
+            raise ExportError(
+                f"the experts at {path!r} have biases (mlp_bias=True), which no format here has; {own_format()}"
+            )
         top_k, normalized = _top_k(path, rule)
         balance = getattr(mixture.method, "balance_coef", 0.0)
         shapes[path] = (len(weights.down), weights.down.shape[2], top_k, normalized, balance)
@@ -90,7 +94,9 @@ def _top_k(path: str, rule: Router) -> tuple[int, bool]:
             f"other function, and {own_format()}"
         )
     if type(rule) is not TopKRouter:
-        raise ExportError(f"the router {rule.name!r} at {path!r} has no format in transformers, which has 'top_k' only; {own_format()}")
+        raise ExportError(
+            f"the router {rule.name!r} at {path!r} has no format in transformers, which has 'top_k' only; {own_format()}"
+        )
     return rule.top_k, rule.combine != "softmax"
 
 
@@ -107,7 +113,9 @@ def others_merged(model: nn.Module, places: Mapping[str, Mixture]) -> Iterator[d
     own = {mixture.adapter_name for mixture in places.values()}
     layers = adapter_layers(model)
     before = {path: layer.merged for path, layer in layers.items()}
-    others = [name for name in active_adapters(model) if name not in own and not any(name in done for done in before.values())]
+    others = [
+        name for name in active_adapters(model) if name not in own and not any(name in done for done in before.values())
+    ]
     try:
         if others:
             merge_adapters(model, others)
@@ -119,7 +127,9 @@ def others_merged(model: nn.Module, places: Mapping[str, Mixture]) -> Iterator[d
                     for key, value in adapter.merged_parameters(layer.base_layer).items():
                         beside[f"{path}.{key}"] = value
     except MergeError as error:
-        raise ExportError(f"adapters beside the mixture of experts are merged in an export, and one cannot be: {error}") from error
+        raise ExportError(
+            f"adapters beside the mixture of experts are merged in an export, and one cannot be: {error}"
+        ) from error
     try:
         yield beside
     finally:
@@ -147,7 +157,7 @@ def target_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"), empty_experts_allowed():
         target = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     inside = tuple(f"{path}." for path in places)
     state = {name: parameter.detach() for name, parameter in base_parameters(model) if not name.startswith(inside)}

@@ -54,8 +54,13 @@ class Mixture:
             whole: ExpertWeights = self.adapter.expert_weights(self.layer.base_layer)  # type: ignore[operator]
             return whole
         entry = "gate_up_proj" if "gate_up_proj" in held else "up_proj"
-        biases = [held.get(f"{name}_bias") for name in (entry, "down_proj")]
-        return ExpertWeights(held[entry], held["down_proj"], *biases, gated=entry == "gate_up_proj")
+        return ExpertWeights(
+            held[entry],
+            held["down_proj"],
+            held.get(f"{entry}_bias"),
+            held.get("down_proj_bias"),
+            gated=entry == "gate_up_proj",
+        )
 
 
 def is_mixture(adapter: nn.Module) -> bool:
@@ -111,7 +116,9 @@ def as_top_k(rule: Router) -> Router:
 
 
 @contextlib.contextmanager
-def routed_by(places: Mapping[str, Mixture], rules: Mapping[str, Router], activation: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def routed_by(
+    places: Mapping[str, Mixture], rules: Mapping[str, Router], activation: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
     """Have the mixtures run as plain ones with other rules for the time of a ``with`` block."""
 
     def forward(mixture: Mixture, rule: Router) -> Callable[..., Tensor]:

@@ -13,8 +13,10 @@ another model without a word. What a class has no key for is refused.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,8 +181,18 @@ def _refuse(source: Any, name: str) -> None:
     if getattr(source, "mlp_bias", False):
         obstacles["mlp_bias=True"] = "has experts without biases"
     if source.hidden_act not in ("silu", "swish"):
-        obstacles[f"hidden_act={source.hidden_act!r}"] = "is run with SiLU, whatever its configuration says, by other programs"
+        obstacles[f"hidden_act={source.hidden_act!r}"] = (
+            "is run with SiLU, whatever its configuration says, by other programs"
+        )
     if name == "qwen3_moe" and len(set(_windows(source))) > 1:
         obstacles["a sliding window in some layers only"] = "has it in all layers or in none"
     for what, why in obstacles.items():
         raise ExportError(f"the model has {what}, and {name!r} {why}; {own_format()}")
+
+
+@contextlib.contextmanager
+def empty_experts_allowed() -> Iterator[None]:
+    """Keep torch from warning that the shared expert of a Qwen2Moe, which has no neurons, cannot be given first values."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+        yield

@@ -30,7 +30,7 @@ from lightning_peft.interfaces import Exporter
 from lightning_peft.moe import export_check
 from lightning_peft.moe.mixtures import Mixture, as_top_k, routed_by
 from lightning_peft.moe.routing import Router
-from lightning_peft.moe.transformers_formats import MixtureShape, choose, target_config
+from lightning_peft.moe.transformers_formats import MixtureShape, choose, empty_experts_allowed, target_config
 from lightning_peft.state import load_adapter
 from lightning_peft.whole_mixtures import acting_mixtures, others_merged, shape_of, target_model
 
@@ -46,11 +46,14 @@ class TransformersMoE(Exporter):
     """
 
     name: ClassVar[str] = "transformers_moe"
+    atomic: ClassVar[bool] = True
 
     format: Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe"] = "auto"
     """The format to write; auto takes the most widely read one that can hold the model."""
     as_top_k: bool = False
     """Write a model of Expert Choice, which no format has, as the Top-K model nearest to it: another function, and warned of."""
+    tolerance: float | None = None
+    """Difference from the live model's logits at which the folder is thrown away, as a share of the largest; by default 2e-6 in float32."""
     tokens: int = 64
     """Tokens in each of the two sequences on which the folder is compared with the live model."""
     max_shard_size: str = "5GB"
@@ -60,6 +63,8 @@ class TransformersMoE(Exporter):
         kind = type(self).__name__
         if self.format not in ("auto", "mixtral", "qwen2_moe", "qwen3_moe"):
             raise ConfigError(f"{kind} format must be one of auto, mixtral, qwen2_moe, qwen3_moe, got {self.format!r}")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ConfigError(f"{kind} tolerance must be positive, got {self.tolerance!r}")
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise ConfigError(f"{kind} tokens must be a positive integer, got {self.tokens!r}")
 
@@ -73,7 +78,9 @@ class TransformersMoE(Exporter):
             with others_merged(model, places) as beside:
                 self._save(target_model(model, config, places, beside), folder)
                 wanted = self._logits(model, places, rules)
-            share = export_check.check(self._reloaded_logits(model, folder), wanted, f"the {format} folder")
+            share = export_check.check(
+                self._reloaded_logits(model, folder), wanted, f"the {format} folder", self.tolerance
+            )
             report = {"format": format, "difference": share, "of": "logits", "tokens": self.tokens}
             if rules != {place: one.rule for place, one in places.items()}:
                 report["difference_from_expert_choice"] = self._warn(model, wanted)
@@ -150,7 +157,7 @@ class MixtralPEFT(Mixtral):
             load_adapter(base, folder)
             found = export_check.logits(base, export_check.probe(model.config, self.tokens))
             del base
-            share = export_check.check(found, wanted, "the adapter over its base")
+            share = export_check.check(found, wanted, "the adapter over its base", self.tolerance)
             report = {"format": "peft", "difference": share, "of": "logits", "tokens": self.tokens}
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
@@ -179,7 +186,8 @@ def _peft_files(places: dict[str, Mixture], base: str) -> tuple[bytes, dict[str,
         )  # A (experts, rank / 2, in), B (experts, rank / 2, out)
         fused_A = torch.cat([gate_A, up_A], dim=1)
         fused_B = torch.cat(
-            [torch.cat([gate_B, torch.zeros_like(up_B)], dim=2), torch.cat([torch.zeros_like(gate_B), up_B], dim=2)], dim=1
+            [torch.cat([gate_B, torch.zeros_like(up_B)], dim=2), torch.cat([torch.zeros_like(gate_B), up_B], dim=2)],
+            dim=1,
         )
         down_A, down_B = (torch.cat([one, torch.zeros_like(one)], dim=1) for one in (down_A, down_B))
         experts = f"base_model.model.{path}.experts"
@@ -188,7 +196,9 @@ def _peft_files(places: dict[str, Mixture], base: str) -> tuple[bytes, dict[str,
             tensors[f"{inside}.lora_B.weight"] = B.permute(2, 1, 0).flatten(1).contiguous()  # (out, rank * experts)
         tensors[f"base_model.model.{path}.gate.weight"] = mixture.router.float().cpu().clone()
     if len(settings) > 1:
-        raise ExportError(f"the experts differ in rank or scale from layer to layer ({sorted(settings)}); write a 'mixtral' folder")
+        raise ExportError(
+            f"the experts differ in rank or scale from layer to layer ({sorted(settings)}); write a 'mixtral' folder"
+        )
     rank, alpha = settings.pop()
     config = {
         "peft_type": "LORA",
@@ -215,7 +225,13 @@ def _reloaded(model: Any, folder: Path) -> Any:
     logging.disable_progress_bar()
     try:
         attention = model.config._attn_implementation
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation=attention).to(model.device)
+        # The fast products of experts do not take float64.
+        experts = {"experts_implementation": "eager"} if model.dtype == torch.float64 else {}
+        with empty_experts_allowed():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=model.dtype, attn_implementation=attention, **experts
+            )
+        return loaded.to(model.device)
     finally:
         if shown:
             logging.enable_progress_bar()

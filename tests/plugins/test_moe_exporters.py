@@ -20,8 +20,21 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lightning_peft import LoRA, MixLoRA, MoEUpcycling, Targets, get_registry, inject, load_adapter, save_adapter, set_active_adapters
+from lightning_peft import (
+    LoRA,
+    MixLoRA,
+    MoEUpcycling,
+    Targets,
+    get_registry,
+    inject,
+    load_adapter,
+    save_adapter,
+    set_active_adapters,
+)
 from lightning_peft.errors import ConfigError, ExportError, LightningPEFTWarning
+
+# The shared expert of Qwen2Moe has no neurons here, and transformers wants to give them first values.
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
 
 SIZE = {
     "vocab_size": 61,
@@ -95,7 +108,12 @@ ROPES = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
 }
 MODELS = [
-    *[(kind, {"rope_parameters": rope, "tie_word_embeddings": tied}) for kind in KINDS for rope in ROPES.values() for tied in (True, False)],
+    *[
+        (kind, {"rope_parameters": rope, "tie_word_embeddings": tied})
+        for kind in KINDS
+        for rope in ROPES.values()
+        for tied in (True, False)
+    ],
     ("llama", {"head_dim": 16}),
     ("mistral", {"head_dim": 16}),
     ("qwen3", {"head_dim": 16}),
@@ -181,8 +199,10 @@ def test_other_precisions_are_kept(dtype, tmp_path):
     inject(model, MoEUpcycling(experts=4))
     shaken(model)
     export(model, tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", experts_implementation="eager")
     assert loaded.dtype == dtype
+    if dtype == torch.float64:
+        assert far(logits(loaded), logits(model)) <= 2e-6
     assert loaded.model.layers[0].mlp.experts.down_proj.dtype == dtype
 
 
@@ -202,8 +222,8 @@ def test_other_adapters_are_merged_into_what_is_written_and_stay_in_the_model(tm
 
 def low_rank(kind="llama", **fields):
     model = dense(kind)
-    inject(model, MixLoRA(**{"experts": 4, "rank": 3, **fields}))
-    return shaken(model, 0.3)
+    inject(model, MixLoRA(**{"experts": 4, "rank": 3, "alpha": 8.0, **fields}))
+    return shaken(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,15 +274,27 @@ REFUSED = {
     "attention_bias": (lambda: upcycled(attention_bias=True), {}, "attention_bias=True, and 'mixtral' has no biases"),
     "mlp_bias": (lambda: upcycled(mlp_bias=True), {}, r"have biases \(mlp_bias=True\)"),
     "gelu": (lambda: upcycled(hidden_act="gelu"), {}, "hidden_act='gelu', and 'mixtral' is run with SiLU"),
-    "expert choice": (lambda: upcycled(method=expert_choice()), {}, "experts choose tokens, and in every format .* as_top_k=True"),
+    "expert choice": (
+        lambda: upcycled(method=expert_choice()),
+        {},
+        "experts choose tokens, and in every format .* as_top_k=True",
+    ),
     "uncovered": (lambda: upcycled(method=expert_choice(uncovered="dense")), {}, "experts choose tokens"),
     "partial": (
         lambda: upcycled(method=MoEUpcycling(experts=4, layers="last_half")),
         {"name": "mixtral"},
         "2 of the 4 layers of this model are dense; write it as 'qwen2_moe'",
     ),
-    "softmax": (lambda: upcycled(method=MoEUpcycling(experts=4, combine="softmax")), {"name": "mixtral"}, "combine='softmax'"),
-    "another class": (lambda: upcycled("qwen2"), {"name": "mixtral"}, "a Qwen2ForCausalLM was to be written as 'mixtral'"),
+    "softmax": (
+        lambda: upcycled(method=MoEUpcycling(experts=4, combine="softmax")),
+        {"name": "mixtral"},
+        "combine='softmax'",
+    ),
+    "another class": (
+        lambda: upcycled("qwen2"),
+        {"name": "mixtral"},
+        "a Qwen2ForCausalLM was to be written as 'mixtral'",
+    ),
     "some windows": (
         lambda: upcycled("qwen3", use_sliding_window=True, sliding_window=8, max_window_layers=2),
         {},
@@ -309,7 +341,10 @@ def test_gpt2_has_the_format_of_this_library_only(tmp_path):
     base = {key: value.clone() for key, value in model.state_dict().items()}
     inject(model, MoEUpcycling(experts=4))
     shaken(model)
-    with pytest.raises(ExportError, match=r"no format of transformers holds a GPT2LMHeadModel .* save_adapter\(model, folder\) writes any"):
+    with pytest.raises(
+        ExportError,
+        match=r"no format of transformers holds a GPT2LMHeadModel .* save_adapter\(model, folder\) writes any",
+    ):
         export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     save_adapter(model, tmp_path / "own")
@@ -339,7 +374,11 @@ def test_a_folder_that_computes_something_else_is_removed(key, tmp_path, monkeyp
 
     def forgetful(*args):
         config = true(*args)
-        wrong = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rms_norm_eps": 1e-6, "norm_topk_prob": False}
+        wrong = {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rms_norm_eps": 1e-6,
+            "norm_topk_prob": False,
+        }
         if key == "num_key_value_heads":
             config.num_key_value_heads = 4
         else:
@@ -367,6 +406,8 @@ def test_settings_out_of_range_are_refused():
     exporters = get_registry().exporters
     with pytest.raises(ConfigError, match="format must be one of auto, mixtral, qwen2_moe, qwen3_moe, got 'olmoe'"):
         exporters["transformers_moe"](format="olmoe")
+    with pytest.raises(ConfigError, match="tolerance must be positive, got 0"):
+        exporters["transformers_moe"](tolerance=0)
     with pytest.raises(ConfigError, match="tokens must be a positive integer, got 0"):
         exporters["transformers_moe"](tokens=0)
     with pytest.raises(ConfigError, match="Mixtral format must be 'mixtral', got 'qwen2_moe'"):
