@@ -162,7 +162,7 @@ def target_model(
     inside = tuple(f"{path}." for path in places)
     state = {name: parameter.detach() for name, parameter in base_parameters(model) if not name.startswith(inside)}
     state |= {name: value.to(model.dtype) for name, value in beside.items() if not name.startswith(inside)}
-    for path, mixture in places.items():
+    for mixture in places.values():
         state |= _block(mixture, model.dtype, copies)
     wanted = target.state_dict()
     for name in wanted:  # the shared expert of Qwen2Moe, which has no neurons

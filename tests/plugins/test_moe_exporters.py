@@ -412,3 +412,15 @@ def test_settings_out_of_range_are_refused():
         exporters["transformers_moe"](tokens=0)
     with pytest.raises(ConfigError, match="Mixtral format must be 'mixtral', got 'qwen2_moe'"):
         exporters["mixtral"](format="qwen2_moe")
+
+
+def test_the_written_model_shares_the_tensors_of_the_live_one():
+    from lightning_peft import whole_mixtures
+    from lightning_peft.moe.transformers_formats import target_config
+
+    model = upcycled(tie_word_embeddings=True)
+    places = whole_mixtures.acting_mixtures(model)
+    shape = whole_mixtures.shape_of(places, {path: one.rule for path, one in places.items()})
+    target = whole_mixtures.target_model(model, target_config(model.config, "mixtral", shape), places, {})
+    live = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {parameter.untyped_storage().data_ptr() for parameter in target.parameters()} <= live
