@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import Phase as Phase
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
+    from lightning_peft.callbacks import RouterMonitor as RouterMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.composition import Adaptation as Adaptation
     from lightning_peft.composition import inject_all as inject_all
@@ -132,6 +133,7 @@ _HOME = {
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",
+    "RouterMonitor": "callbacks",
     "Slice": "interfaces",
     "Target": "interfaces",
     "Targets": "targets",

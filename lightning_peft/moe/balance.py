@@ -35,16 +35,32 @@ def loss_scale(scale: float | Tensor) -> Iterator[None]:
         _scale = before
 
 
+@torch.library.custom_op("lightning_peft::loss_scale", mutates_args=())
+def _current_scale(gradient: Tensor, like: Tensor) -> Tensor:
+    """Return the loss scale in the shape of ``like``.
+
+    A compiler must neither look inside, or it would keep the scale of the time it compiles, nor move it into the forward, which
+    is why it takes ``gradient``.
+    """
+    scale = _scale.to(like.device, like.dtype) if isinstance(_scale, Tensor) else _scale
+    return torch.ones_like(like) * scale
+
+
+@_current_scale.register_fake
+def _(gradient: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
 class _AuxiliaryLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = loss.detach()
+        ctx.save_for_backward(loss.detach())
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        scale = _scale.to(ctx.like.device, ctx.like.dtype) if isinstance(_scale, Tensor) else _scale
-        return gradient, torch.ones_like(ctx.like) * scale
+        (like,) = ctx.saved_tensors
+        return gradient, _current_scale(gradient.detach(), like)
 
 
 def with_auxiliary_loss(weights: Tensor, loss: Tensor) -> Tensor:

@@ -179,6 +179,8 @@ def run_experts(
     slots = SlotOrder.of(assignment)
     rows = slots.gather(x).to(dtype)  # (slots, d)
     run = _grouped if chosen == "grouped_mm" else _unbound
+    if run is _unbound and torch.compiler.is_compiling():
+        run = torch.compiler.disable(_unbound)  # type: ignore[no-untyped-call]  # its sizes are values of the data: one break here beats a compilation a step
     return slots.combine(run(rows, slots, weights.to(dtype), activation), assignment.weights).to(x.dtype)
 
 
@@ -223,6 +225,8 @@ def _implementation(wanted: str, device: torch.device, dtype: torch.dtype, weigh
             raise ConfigError(f"implementation='grouped_mm' was asked for, but {obstacle}; choose 'auto' or 'unbind'")
         return wanted
     fits = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.compiler.is_compiling() and dtype != torch.bfloat16:  # torch 2.13 compiles it in bfloat16 only
+        fits = False
     return "grouped_mm" if fits and not obstacle else "unbind"
 
 

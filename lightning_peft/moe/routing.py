@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, did_you_mean
 from lightning_peft.interfaces import Named
 
 
@@ -358,3 +358,28 @@ def _check_experts(router: Router, top_k: int, experts: int) -> None:
         raise ConfigError(
             f"{type(router).__name__} top_k={top_k!r} asks for more than the {experts} experts there are; choose at most {experts}"
         )
+
+
+ROUTERS: Mapping[str, type[Router]] = {
+    kind.name: kind for kind in (TopKRouter, NoisyTopKRouter, SigmoidRouter, ExpertChoiceRouter)
+}
+"""The routers of the library by name."""
+
+
+def router_named(name: str, config: Mapping[str, Any] | None = None) -> Router:
+    """Return the router of that ``name`` with the fields of ``config``.
+
+    A router of your own needs no name: what takes a :class:`Router` takes any subclass.
+
+    Raises:
+        ConfigError: there is none, or a field is out of its range.
+        AdapterConfigError: it does not have one of the fields.
+
+    Example:
+        >>> router_named("expert_choice", {"capacity": 1.5})
+        ExpertChoiceRouter(capacity=1.5, group='batch', combine='renorm')
+    """
+    if name not in ROUTERS:
+        hint = did_you_mean(name, ROUTERS) or "."
+        raise ConfigError(f"there is no router {name!r}{hint} The routers are: {', '.join(ROUTERS)}")
+    return ROUTERS[name].from_config(config or {})
