@@ -20,6 +20,7 @@ An expert without a token gets a gradient of zero, never None. Sums run in a fix
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from torch.nn import functional as F
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.moe.routing import Assignment
+from lightning_peft.moe.segments import segment_mm
 
 Implementation = Literal["auto", "unbind", "grouped_mm"]
 """How the products of experts run."""
@@ -93,6 +95,8 @@ class SlotOrder:
 
     def gather(self, x: Tensor) -> Tensor:
         """Return the row of ``x`` (n, d) at each sorted place (slots, d)."""
+        if torch.compiler.is_compiling():
+            return x.index_select(0, self.tokens)
         rows: Tensor = _Gather.apply(x, self)  # type: ignore[no-untyped-call]
         return rows
 
@@ -109,6 +113,11 @@ class SlotOrder:
 
     def sum(self, rows: Tensor) -> Tensor:
         """Return the sum of each token's ``rows`` (slots, d), sorted, (n, d); always in the same order."""
+        if torch.compiler.is_compiling():
+            if self.k is not None:
+                return self._sum(rows)
+            assert self.lengths is not None
+            return rows.new_zeros(len(self.lengths), rows.shape[-1]).index_add(0, self.tokens, rows)
         total: Tensor = _Sum.apply(rows, self)  # type: ignore[no-untyped-call]
         return total
 
@@ -178,9 +187,11 @@ def run_experts(
     chosen = _implementation(implementation, x.device, dtype, weights)
     slots = SlotOrder.of(assignment)
     rows = slots.gather(x).to(dtype)  # (slots, d)
-    run = _grouped if chosen == "grouped_mm" else _unbound
-    if run is _unbound and torch.compiler.is_compiling():
-        run = torch.compiler.disable(_unbound)  # type: ignore[no-untyped-call]  # its sizes are values of the data: one break here beats a compilation a step
+    run: Callable[..., Tensor] = _unbound
+    if chosen == "grouped_mm":
+        run = functools.partial(_grouped, _grouped_mm)
+    elif torch.compiler.is_compiling():  # lengths of segments that only the data tells stay out of the graph
+        run = functools.partial(_grouped, segment_mm)
     return slots.combine(run(rows, slots, weights.to(dtype), activation), assignment.weights).to(x.dtype)
 
 
@@ -198,13 +209,23 @@ def _unbound(rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation:
     return torch.cat(outputs)
 
 
-def _grouped(rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    hidden = F.grouped_mm(rows, weights.gate_up.transpose(1, 2), offs=slots.ends)
+def _grouped(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+    rows: Tensor,
+    slots: SlotOrder,
+    weights: ExpertWeights,
+    activation: Callable[[Tensor], Tensor],
+) -> Tensor:
+    hidden = product(rows, weights.gate_up.transpose(1, 2), slots.ends)
     if weights.gate_up_bias is not None:
         hidden = hidden + F.embedding(slots.experts, weights.gate_up_bias)
     hidden = _activate(hidden, weights.gated, activation)
-    output = F.grouped_mm(hidden, weights.down.transpose(1, 2), offs=slots.ends)
+    output = product(hidden, weights.down.transpose(1, 2), slots.ends)
     return output if weights.down_bias is None else output + F.embedding(slots.experts, weights.down_bias)
+
+
+def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(rows, weights, offs=ends)
 
 
 def _activate(hidden: Tensor, gated: bool, activation: Callable[[Tensor], Tensor]) -> Tensor:

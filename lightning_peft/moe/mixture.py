@@ -20,6 +20,7 @@ from lightning_peft.moe.feed_forward import FeedForward, dense_tensors, with_dro
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.padding import take_note
 from lightning_peft.moe.routing import Assignment, Router
+from lightning_peft.moe.statistics import Routed
 from lightning_peft.targets import is_conv1d_linear
 
 
@@ -72,7 +73,7 @@ class MixtureSettings(Protocol):
         """Return the factor of the output, that of its last bias, and whether the former is spread over the matrices."""
 
 
-class MixtureOfExperts(Adapter):
+class MixtureOfExperts(Routed, Adapter):
     """Router and experts of one MLP.
 
     Its tensors are named and laid out as the experts of transformers: ``gate_up_proj`` (experts, 2 * hidden, width), or ``up_proj``
@@ -91,6 +92,7 @@ class MixtureOfExperts(Adapter):
         super().__init__()
         self.method, self.feed_forward = method, feed_forward
         self.layout, self.rule = method.layout(feed_forward), method.make_router()
+        self.num_experts = self.layout.experts
         new = parameters_beside(module, method.dtype)
         biases = {"up_bias": feed_forward.up_bias, "down_bias": feed_forward.down_bias}
         for name, shape in self.layout.shapes(**biases).items():
@@ -113,7 +115,8 @@ class MixtureOfExperts(Adapter):
         if not self._projections:  # injection connects, and then comes back
             return
         layout, method, tensors = self.layout, self.method, self.tensors()
-        dense = self.dense({f"{path}.{name}": p for path, one in self._projections for name, p in one.named_parameters()})
+        held = {f"{path}.{name}": p for path, one in self._projections for name, p in one.named_parameters()}
+        dense = self.dense(held)
         layout.fill(tensors, dense)
         if tensors["down_proj"].is_meta:
             return
@@ -133,6 +136,16 @@ class MixtureOfExperts(Adapter):
         """Return the parts of the MLP (``gate``, ``up``, ...) from tensors by their name in the dense model."""
         transposed = {path: is_conv1d_linear(module) for path, module in self._projections}
         return dense_tensors(self.feed_forward, named.get, transposed)
+
+    def dense_names(self) -> dict[str, torch.Size]:
+        """Return the names that the tensors of the MLP have in the dense model, with their shapes there."""
+        return {f"{path}.{name}": p.shape for path, one in self._projections for name, p in one.named_parameters()}
+
+    @property
+    def copies_per_token(self) -> float:
+        """How many copies of the MLP a token goes to, on average."""
+        per_token: float = getattr(self.rule, "top_k", None) or getattr(self.rule, "capacity", 1.0)
+        return per_token / self.layout.granularity
 
     def expert_weights(self) -> ExpertWeights:
         """Return the weights of the experts as the arithmetic takes them."""
@@ -177,6 +190,7 @@ class MixtureOfExperts(Adapter):
         mask = grid.mask if grid is not None else None
         shape = grid.shape if grid is not None else (x.shape[0], x.shape[1]) if x.dim() == 3 else None
         assignment = self.assign(tokens, mask, shape)
+        self.observe(assignment, mask)
         if self.training and torch.is_grad_enabled():
             assignment = self.balanced(assignment, mask)
         activation: Callable[[Tensor], Tensor] = self._activation[0]

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -64,7 +65,7 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], *, inverted: bool =
 
     Args:
         mask: (batch, sequence), or (batch or 1, heads or 1, sequence or 1, keys); bool and integers say where to attend, floats of
-            four dimensions are added to the scores, so that zero says so.
+            four dimensions are added to the scores, so that zero says so, unless some are positive.
         shape: (batch, sequence) of the tokens.
         inverted: whether true says where not to attend.
 
@@ -74,7 +75,9 @@ def real_tokens(mask: Tensor | None, shape: tuple[int, int], *, inverted: bool =
     """
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != shape[1]:
         return None
-    real = mask == 0 if mask.dim() == 4 and mask.is_floating_point() else mask != 0
+    real = mask != 0
+    if mask.dim() == 4 and mask.is_floating_point():
+        real = torch.where((mask > 0).any(), mask > 0, mask == 0)  # DeBERTa's has ones, all others are added to scores
     if mask.dim() == 4:
         real = real[:, 0]
         if real.shape[1] not in (1, shape[1]):

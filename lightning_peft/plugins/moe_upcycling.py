@@ -31,12 +31,12 @@ from lightning_peft.moe.feed_forward import FeedForward, MLPs, last_half, every_
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.mixture import MixtureOfExperts
 from lightning_peft.moe.padding import Bypass, MaskReader, MaskReadingCopies, mask_argument
-from lightning_peft.moe.routing import ExpertChoiceRouter, Router, TopKRouter
+from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, Router, SigmoidRouter, TopKRouter
 from lightning_peft.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "router": ("topk", "expert_choice"),
+    "router": ("topk", "expert_choice", "sigmoid", "noisy_topk"),
     "combine": ("renorm", "softmax", "straight_through"),
     "weight_scale": ("auto", "none"),
     "group": ("batch", "sequence"),
@@ -83,12 +83,14 @@ class MoEUpcycling(Method):
     """Copies of the MLP, E in the papers."""
     top_k: int = 2
     """Experts that each token goes to; with granularity, a multiple of it. Not used by expert_choice."""
-    router: Literal["topk", "expert_choice"] = "topk"
-    """How tokens and experts find each other: tokens choose experts, or experts choose tokens."""
+    router: Literal["topk", "expert_choice", "sigmoid", "noisy_topk"] = "topk"
+    """How tokens and experts find each other: tokens choose experts (by softmax, sigmoid, or with learned noise), or experts tokens."""
     combine: Literal["renorm", "softmax", "straight_through"] = "renorm"
     """How probabilities become weights: those of a token sum to one, as they are, or with the gradient of the latter and the value of the former."""
     weight_scale: float | Literal["auto", "none"] = "auto"
-    """Factor of what experts give at first; auto makes up for weights that do not sum to one: E / K with combine='softmax'."""
+    """Factor of what experts give at first; auto makes up for weights that do not sum to one: E / K with combine='softmax', 2 / K with sigmoids."""
+    noise: float = 1.0
+    """With noisy_topk, deviation of the noise on the logits in training."""
     capacity: float = 2.0
     """With expert_choice, experts that a token goes to on average."""
     group: int | Literal["batch", "sequence"] = "batch"
@@ -139,23 +141,23 @@ class MoEUpcycling(Method):
             raise ConfigError(f"{kind} weight_scale must be 'auto', 'none' or a positive number, got {self.weight_scale!r}")
         if not isinstance(self.allow_noncausal, bool):
             raise ConfigError(f"{kind} allow_noncausal must be true or false, got {self.allow_noncausal!r}")
-        if self.granularity > 1 and (self.router == "expert_choice" or self.top_k % self.granularity):
+        if self.granularity > 1 and (self.router not in ("topk", "sigmoid") or self.top_k % self.granularity):
             raise ConfigError(
                 f"{kind} granularity={self.granularity} needs a router that chooses all parts of a copy together: top_k must be a multiple of "
                 f"it, and the tokens must choose; got top_k={self.top_k}, router={self.router!r}"
             )
         self.make_router().check(self.experts * self.granularity)
         object.__setattr__(self, "row_routable", self.router != "expert_choice" or self.group == "sequence")
-        # Only a token with one expert of weight one gets the dense MLP's output without a rounding more.
-        whole = self.router == "topk" and self.combine == "straight_through" and self.top_k == self.granularity == 1
-        unchanged = not self.expert_noise and not self.reinit and self.weight_scale in ("auto", "none", 1)
-        object.__setattr__(self, "identity_at_init", whole and unchanged)
 
     def make_router(self) -> Router:
         """Return the rule that assigns tokens to experts."""
         combine: Any = self.combine
         if self.router == "expert_choice":
             return ExpertChoiceRouter(capacity=self.capacity, group=self.group, combine=combine)
+        if self.router == "sigmoid":
+            return SigmoidRouter(top_k=self.top_k, combine="sigmoid" if combine == "softmax" else combine)
+        if self.router == "noisy_topk":
+            return NoisyTopKRouter(top_k=self.top_k, combine=combine, noise=self.noise)
         return TopKRouter(top_k=self.top_k, combine=combine)
 
     def scales(self) -> tuple[float, float, bool]:
@@ -166,7 +168,8 @@ class MoEUpcycling(Method):
             return 1.0, 1.0, False
         if self.combine != "softmax":  # the weights of a token sum to one, over the G parts of each copy
             return float(self.granularity), 1.0, False
-        bias = self.experts * self.granularity / self.top_k
+        # The weights of a token sum to K / E at first, and to K / 2 where each is a sigmoid.
+        bias = (2 if self.router == "sigmoid" else self.experts * self.granularity) / self.top_k
         return bias * self.granularity, bias, True
 
     # -- the contract ----------------------------------------------------------------------------------------------

@@ -32,11 +32,11 @@ class TestEverythingTrained(MethodConformance):
 
 
 def tiny_bert():
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig, BertModel
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(vocab_size=128, **sizes, attn_implementation="eager")).eval()
+    return BertModel(BertConfig(vocab_size=128, **sizes), add_pooling_layer=False).eval()
 
 
 class TestExpertChoiceOnBERT(MethodConformance):
