@@ -169,7 +169,12 @@ def target_model(
         if name not in state and ".mlp.shared_expert" in name:
             state[name] = torch.zeros(wanted[name].shape, dtype=model.dtype, device=model.device)
     tied = config.tie_word_embeddings
-    problems = target.load_state_dict(state, assign=True, strict=False)
+    try:
+        problems = target.load_state_dict(state, assign=True, strict=False)
+    except RuntimeError as error:  # a shape
+        raise ExportError(
+            f"{type(target).__name__} cannot take the weights of this {type(model).__name__}: {error}; {own_format()}"
+        ) from error
     missing = [name for name in problems.missing_keys if not (tied and name == "lm_head.weight")]
     if missing or problems.unexpected_keys:
         raise ExportError(
