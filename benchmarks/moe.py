@@ -56,6 +56,7 @@ def transformers_step(
     module.gate_up_proj, module.down_proj = nn.Parameter(weights.gate_up.detach()), nn.Parameter(weights.down.detach())
 
     def step() -> None:
+        module.zero_grad(set_to_none=True)
         top, chosen = torch.softmax(F.linear(x, gate).float(), -1).topk(top_k, dim=-1)
         module(x, chosen, top / top.sum(-1, keepdim=True)).square().mean().backward()
 
@@ -72,7 +73,8 @@ def contestants(n: int, d: int, ff: int, experts: int, top_k: int, dtype: torch.
     weights = ExpertWeights(new(experts, 2 * ff, d), new(experts, d, ff))
     one = new(2 * ff, d), new(d, ff)
     many = x.detach().repeat(top_k, 1).requires_grad_()
-    return {
+    leaves = [x, gate, many, weights.gate_up, weights.down, *one]
+    steps = {
         "dense": dense_step(x, *one),
         "limit": dense_step(many, *one),
         "unbind": routed_step(x, gate, weights, TopKRouter(top_k=top_k), "unbind"),
@@ -81,6 +83,18 @@ def contestants(n: int, d: int, ff: int, experts: int, top_k: int, dtype: torch.
         "transformers eager": transformers_step(x, gate, weights, top_k, "eager"),
         "transformers grouped_mm": transformers_step(x, gate, weights, top_k, "grouped_mm"),
     }
+    return {name: afresh(step, leaves) for name, step in steps.items()}
+
+
+def afresh(step: Callable[[], None], leaves: list[Tensor]) -> Callable[[], None]:
+    """Return ``step`` without gradients of the step before, as a training loop has it."""
+
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        step()
+
+    return run
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

@@ -157,7 +157,9 @@ def train_tied_as_one(model: nn.Module, adapters: Mapping[str, Adapter]) -> None
     modules = {path: unwrapped(module) for path, module in base_modules(model)}
     leaders: dict[int, tuple[ParameterCopies, str]] = {}
     for path, adapter in adapters.items():
-        for name in adapter.names if isinstance(adapter, ParameterCopies) else ():
+        if not isinstance(adapter, ParameterCopies):
+            continue
+        for name in adapter.names:
             key = id(modules[path].get_parameter(name))
             if key in leaders:
                 adapter.follow(name, *leaders[key])

@@ -220,7 +220,7 @@ class MLPs:
     ) -> tuple[float, float]:
         """Run the MLP on random tokens and compare; return the dropout before and after its down-projection."""
         module, held = self.modules[around], self.held
-        weight = self.modules[down].weight
+        weight = self.modules[down].get_parameter("weight")
         width = weight.shape[1] if is_conv1d_linear(self.modules[down]) else weight.shape[0]
         x = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         calls: list[nn.Module] = []

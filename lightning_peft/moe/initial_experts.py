@@ -73,9 +73,9 @@ class Layout:
                 continue
             rows = target.view(copies, shards, len(parts), size, *target.shape[2:])
             for place, part in enumerate(parts):
-                rows[:, :, place] = dense[part + suffix].unflatten(0, (shards, size))
+                rows[:, :, place] = torch.unflatten(dense[part + suffix], 0, (shards, size))
         down = tensors["down_proj"].view(copies, shards, self.width, size)
-        down.copy_(dense["down"].unflatten(1, (shards, size)).transpose(0, 1))
+        down.copy_(torch.unflatten(dense["down"], 1, (shards, size)).transpose(0, 1))
         if "down_proj_bias" in tensors:
             tensors["down_proj_bias"].copy_(dense["down_bias"])
 
@@ -111,16 +111,23 @@ def redraw(tensors: Mapping[str, Tensor], layout: Layout, share: float) -> None:
 def scale(tensors: Mapping[str, Tensor], layout: Layout, weights: float, bias: float, *, spread: bool) -> None:
     """Scale the output of every expert.
 
+    An MLP is linear in its down-projection, and where there is a gate in its up-projection too, so that factors on these scale the
+    output by just that. With the activation's input scaled as well it is so for ReLU alone.
+
     Args:
         tensors: of the experts.
         layout: how they lie.
         weights: factor of the output, but for the part of the last bias.
         bias: factor of the last bias.
-        spread: the same factor for each matrix, its second root or with a gate its third; else all of it in the last one.
+        spread: the same factor for every matrix, the activation's input included, as in arXiv:2410.07524.
     """
-    for name in (layout.first, f"{layout.first}_bias", "down_proj") if spread else ("down_proj",):
-        if name in tensors:
-            tensors[name].mul_(weights ** (1 / (3 if layout.gated else 2)) if spread else weights)
+    linear = 2 if layout.gated else 1  # projections that the output is linear in
+    factor = weights ** (1 / (linear + spread))
+    for name in (layout.first, f"{layout.first}_bias"):
+        if name in tensors and (layout.gated or spread):
+            rows = tensors[name]
+            (rows if spread else rows[:, rows.shape[1] // 2 :]).mul_(factor)
+    tensors["down_proj"].mul_(factor)
     if "down_proj_bias" in tensors:
         tensors["down_proj_bias"].mul_(bias)
 

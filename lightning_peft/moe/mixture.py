@@ -106,7 +106,9 @@ class MixtureOfExperts(Routed, Adapter):
     def connect(self, modules: Mapping[str, nn.Module]) -> None:
         """Take note of the modules of the MLP among those of the base, by path."""
         parts = self.feed_forward
-        self._projections = tuple((path, modules[path]) for path in (parts.gate, parts.up, parts.down) if path is not None)
+        self._projections = tuple(
+            (path, modules[path]) for path in (parts.gate, parts.up, parts.down) if path is not None
+        )
         self._activation = (modules[parts.activation],)
 
     @override
@@ -144,8 +146,8 @@ class MixtureOfExperts(Routed, Adapter):
     @property
     def copies_per_token(self) -> float:
         """How many copies of the MLP a token goes to, on average."""
-        per_token: float = getattr(self.rule, "top_k", None) or getattr(self.rule, "capacity", 1.0)
-        return per_token / self.layout.granularity
+        per_token = getattr(self.rule, "top_k", 0) or getattr(self.rule, "capacity", 1.0)
+        return float(per_token) / self.layout.granularity
 
     def expert_weights(self) -> ExpertWeights:
         """Return the weights of the experts as the arithmetic takes them."""

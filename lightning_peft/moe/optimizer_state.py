@@ -61,11 +61,10 @@ def upcycle_optimizer_state(
         if isinstance(adapter, MixtureOfExperts):
             states = _experts(adapter, dense_state, scaled=mode == "scaled")
         elif isinstance(adapter, ParameterCopies):
-            states = {key: dense_state.get(f"{place}.{key}", {}) for key in adapter.names}
-            states = {_held(adapter, key): dict(state) for key, state in states.items() if state}
+            states = {_held(adapter, key): dict(dense_state.get(f"{place}.{key}", {})) for key in adapter.names}
         else:
             continue
-        result |= {paths[id(adapter.get_parameter(key))]: state for key, state in states.items() if key}
+        result |= {paths[id(adapter.get_parameter(key))]: state for key, state in states.items() if key and state}
     return result
 
 
@@ -90,7 +89,9 @@ def _experts(adapter: MixtureOfExperts, dense_state: Mapping[str, Mapping[str, A
         )
     shape = next(iter(names.values()))
     fields = [
-        key for key, value in dense_state[next(iter(names))].items() if isinstance(value, Tensor) and value.shape == shape
+        key
+        for key, value in dense_state[next(iter(names))].items()
+        if isinstance(value, Tensor) and value.shape == shape
     ]
     copies, choices = adapter.layout.copies, adapter.copies_per_token
     factors = {"exp_avg": 1 / copies, "exp_avg_sq": 1 / (copies * choices), "max_exp_avg_sq": 1 / (copies * choices)}
@@ -102,7 +103,9 @@ def _experts(adapter: MixtureOfExperts, dense_state: Mapping[str, Mapping[str, A
     for field in fields:
         dense = adapter.dense({name: dense_state[name][field] for name in names})
         like = next(iter(dense.values()))
-        filled = {key: torch.empty_like(tensor, dtype=like.dtype, device=like.device) for key, tensor in tensors.items()}
+        filled = {
+            key: torch.empty_like(tensor, dtype=like.dtype, device=like.device) for key, tensor in tensors.items()
+        }
         adapter.layout.fill(filled, dense)
         for key, tensor in filled.items():
             states[key][field] = tensor.mul_(factors.get(field, 1.0)) if scaled else tensor

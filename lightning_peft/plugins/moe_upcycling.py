@@ -27,18 +27,17 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.moe.experts import Implementation
-from lightning_peft.moe.feed_forward import FeedForward, MLPs, last_half, every_other
+from lightning_peft.moe.feed_forward import FeedForward, MLPs, every_other, last_half
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.mixture import MixtureOfExperts
 from lightning_peft.moe.padding import Bypass, MaskReader, MaskReadingCopies, mask_argument
 from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, Router, SigmoidRouter, TopKRouter
 from lightning_peft.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 
-
 _CHOICES: dict[str, tuple[str, ...]] = {
     "router": ("topk", "expert_choice", "sigmoid", "noisy_topk"),
     "combine": ("renorm", "softmax", "straight_through"),
-    "weight_scale": ("auto", "none"),
+    "weight_scale": ("auto", "spread", "none"),
     "group": ("batch", "sequence"),
     "uncovered": ("residual", "dense"),
     "layers": ("all", "last_half", "every_other"),
@@ -76,6 +75,7 @@ class MoEUpcycling(Method):
     name: ClassVar[str] = "moe_upcycling"
     default_targets: ClassVar[tuple[str, ...]] = ("down",)
     identity_at_init: ClassVar[bool] = False
+    row_routable: ClassVar[bool] = True
     composable: ClassVar[bool] = False
     merge_refusal: ClassVar[str] = "a mixture of experts, which no single MLP can stand for"
 
@@ -87,8 +87,9 @@ class MoEUpcycling(Method):
     """How tokens and experts find each other: tokens choose experts (by softmax, sigmoid, or with learned noise), or experts tokens."""
     combine: Literal["renorm", "softmax", "straight_through"] = "renorm"
     """How probabilities become weights: those of a token sum to one, as they are, or with the gradient of the latter and the value of the former."""
-    weight_scale: float | Literal["auto", "none"] = "auto"
-    """Factor of what experts give at first; auto makes up for weights that do not sum to one: E / K with combine='softmax', 2 / K with sigmoids."""
+    weight_scale: float | Literal["auto", "spread", "none"] = "auto"
+    """Factor of what experts give at first; auto makes up for weights that do not sum to one, by E / K with combine='softmax' (2 / K with
+    sigmoids). It goes to the projections that the output is linear in; with spread, as in the paper, to every one."""
     noise: float = 1.0
     """With noisy_topk, deviation of the noise on the logits in training."""
     capacity: float = 2.0
@@ -138,13 +139,19 @@ class MoEUpcycling(Method):
             if getattr(self, name) > 1:
                 raise ConfigError(f"{kind} {name} is a share and cannot exceed 1, got {getattr(self, name)!r}")
         if not isinstance(self.weight_scale, str) and not (_number(self.weight_scale, float) and self.weight_scale > 0):
-            raise ConfigError(f"{kind} weight_scale must be 'auto', 'none' or a positive number, got {self.weight_scale!r}")
+            raise ConfigError(
+                f"{kind} weight_scale must be 'auto', 'spread', 'none' or a positive number, got {self.weight_scale!r}"
+            )
         if not isinstance(self.allow_noncausal, bool):
             raise ConfigError(f"{kind} allow_noncausal must be true or false, got {self.allow_noncausal!r}")
         if self.granularity > 1 and (self.router not in ("topk", "sigmoid") or self.top_k % self.granularity):
             raise ConfigError(
                 f"{kind} granularity={self.granularity} needs a router that chooses all parts of a copy together: top_k must be a multiple of "
                 f"it, and the tokens must choose; got top_k={self.top_k}, router={self.router!r}"
+            )
+        if self.granularity > 1 and not self.router_std:
+            raise ConfigError(
+                f"{kind} granularity={self.granularity} needs router_std > 0: a router of zeros cannot tell the copies apart"
             )
         self.make_router().check(self.experts * self.granularity)
         object.__setattr__(self, "row_routable", self.router != "expert_choice" or self.group == "sequence")
@@ -161,16 +168,18 @@ class MoEUpcycling(Method):
         return TopKRouter(top_k=self.top_k, combine=combine)
 
     def scales(self) -> tuple[float, float, bool]:
-        """Return the factor of the output, that of its last bias, and whether the former is spread over the matrices."""
+        """Return the factor of the output, that of its last bias, and whether the former goes to every matrix."""
         if not isinstance(self.weight_scale, str):
-            return self.weight_scale, self.weight_scale / self.granularity, True
+            return self.weight_scale, self.weight_scale / self.granularity, False
         if self.weight_scale == "none" or self.router == "expert_choice":
             return 1.0, 1.0, False
         if self.combine != "softmax":  # the weights of a token sum to one, over the G parts of each copy
-            return float(self.granularity), 1.0, False
-        # The weights of a token sum to K / E at first, and to K / 2 where each is a sigmoid.
-        bias = (2 if self.router == "sigmoid" else self.experts * self.granularity) / self.top_k
-        return bias * self.granularity, bias, True
+            bias = 1.0
+        elif self.router == "sigmoid":  # each is one half at first
+            bias = 2 / self.top_k
+        else:  # each is 1 / (E G) at first
+            bias = self.experts * self.granularity / self.top_k
+        return bias * self.granularity, bias, self.weight_scale == "spread"
 
     # -- the contract ----------------------------------------------------------------------------------------------
 
@@ -187,7 +196,7 @@ class MoEUpcycling(Method):
                 )
         mlps = MLPs(model, family)
         downs = list(dict.fromkeys(down for target in targets for down in mlps.inside(target.path)))
-        chosen = {"all": list, "last_half": last_half, "every_other": every_other}[self.layers](downs)
+        chosen = {"all": downs, "last_half": last_half(downs), "every_other": every_other(downs)}[self.layers]
         if not chosen:
             raise TargetError(f"MoEUpcycling layers={self.layers!r} leaves none of the MLPs {downs}; choose 'all'")
         places: dict[str, _Place] = {}

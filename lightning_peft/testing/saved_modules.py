@@ -49,7 +49,12 @@ class SavedModulesTests(Subject):
         modules = {path: unwrapped(module) for path, module in base_modules(model) if path}
         for path in reversed(parameter_places(model, list(modules))):
             leaf = next(modules[path].children(), None) is None
-            if leaf and not inside(path, adapted) and _floating(modules[path]) and _shared_by_none(model, modules[path]):
+            if (
+                leaf
+                and not inside(path, adapted)
+                and _floating(modules[path])
+                and _shared_by_none(model, modules[path])
+            ):
                 return path
         pytest.skip(f"{self.method.name} adapts every module of the model")
 

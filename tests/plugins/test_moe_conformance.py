@@ -1,8 +1,6 @@
 """MoEUpcycling under the contract of methods: gated and plain MLPs, MLPs in parts, routers of both kinds, everything trained."""
 
-import pytest
 import torch
-from torch import nn
 
 from lightning_peft import MoEUpcycling
 from lightning_peft.testing import MethodConformance, tiny_gpt2

@@ -15,7 +15,15 @@ from lightning_peft.testing import tiny_gpt2, tiny_llama
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
 BERT = {**LLAMA, "max_position_embeddings": 32}
-T5 = {"d_model": 16, "d_ff": 24, "d_kv": 8, "num_layers": 2, "num_heads": 2, "vocab_size": 32, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 16,
+    "d_ff": 24,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 32,
+    "decoder_start_token_id": 0,
+}
 GROUPED = {**LLAMA, "num_key_value_heads": 1}
 TEXT = {"input_ids": torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))}
 BOTH = {**TEXT, "decoder_input_ids": TEXT["input_ids"][:, :5]}
@@ -131,7 +139,8 @@ def test_every_family_trains_all_of_it(name):
     logits.square().mean().backward()
     for path, mixture in mixtures(model).items():
         for key, parameter in mixture.named_parameters():
-            assert parameter.grad is not None and parameter.grad.any(), (path, key)
+            assert parameter.grad is not None, (path, key)
+            assert parameter.grad.any(), (path, key)
     assert all(torch.equal(p, base[key]) for key, p in model.named_parameters() if key in base)
 
 
@@ -263,7 +272,9 @@ def test_packed_weights_are_refused():
 def test_expert_choice_in_a_decoder_is_refused():
     method = MoEUpcycling(experts=4, router="expert_choice")
     for name in ("llama", "gpt2", "bloom", "opt", "phi3", "falcon", "gpt_neox"):
-        with pytest.raises(TargetError, match="in a decoder: whether an expert takes a token would depend on later tokens"):
+        with pytest.raises(
+            TargetError, match="in a decoder: whether an expert takes a token would depend on later tokens"
+        ):
             inject(make(name), method)
     with pytest.raises(TargetError, match="'decoder.block.0.layer.2.DenseReluDense.wo'"):
         inject(make("t5"), method)
@@ -276,5 +287,7 @@ def test_expert_choice_in_a_decoder_is_refused():
 
 
 def test_granularity_must_divide_the_hidden_features():
-    with pytest.raises(TargetError, match="granularity=5 does not divide the 24 hidden features of 'model.layers.0.mlp'"):
+    with pytest.raises(
+        TargetError, match="granularity=5 does not divide the 24 hidden features of 'model.layers.0.mlp'"
+    ):
         inject(make("llama"), MoEUpcycling(granularity=5, top_k=5))

@@ -10,7 +10,6 @@ from lightning_peft import CausalLMLoader, MoEUpcycling, adapter_layers, inject,
 from lightning_peft.errors import ConfigError
 from lightning_peft.moe.balance import load_balancing_loss, loss_scale, z_loss
 from lightning_peft.moe.mixture import MixtureOfExperts
-from lightning_peft.moe.padding import real_tokens
 from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
 
 MLP = "model.layers.0.mlp"
@@ -85,18 +84,22 @@ def test_parts_of_a_copy_are_chosen_together_and_give_the_dense_output(router):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize(
-    "fields", [SCALED, {**SCALED, "router": "sigmoid", "top_k": 4}, {**SCALED, "experts": 4, "granularity": 2, "top_k": 4}]
+    "fields",
+    [SCALED, {**SCALED, "router": "sigmoid", "top_k": 4}, {**SCALED, "experts": 4, "granularity": 2, "top_k": 4}],
 )
 def test_weight_scaling_starts_near_the_dense_logits(make, fields):
     base = logits(make())
-    scaled = apart(logits(upcycled(make(), router_std=1e-6, **fields)), base)
-    assert scaled < 0.5 * apart(logits(upcycled(make(), router_std=1e-6, **{**fields, "weight_scale": "none"})), base)
+    scaled = apart(logits(upcycled(make(), router_std=1e-3, **fields)), base)
+    assert scaled < 0.01
+    spread = apart(logits(upcycled(make(), router_std=1e-3, **{**fields, "weight_scale": "spread"})), base)
+    bare = apart(logits(upcycled(make(), router_std=1e-3, **{**fields, "weight_scale": "none"})), base)
+    assert scaled < spread < 0.7 * bare
 
 
 def test_a_plain_relu_mlp_is_scaled_exactly():
     """relu(s u) s d = s² relu(u) d, and with an undecided router every weight is 1 / E."""
     base = logits(tiny_gpt2(activation_function="relu"))
-    model = upcycled(tiny_gpt2(activation_function="relu"), router_std=0.0, **SCALED)
+    model = upcycled(tiny_gpt2(activation_function="relu"), router_std=0.0, combine="softmax", weight_scale="spread")
     assert apart(logits(model), base) <= 2e-6
     model = upcycled(tiny_gpt2(activation_function="relu"), router_std=0.0, **{**SCALED, "weight_scale": 4.0})
     assert apart(logits(model), base) <= 2e-6
@@ -116,8 +119,13 @@ def test_reinit_draws_whole_neurons_anew():
     changed = []
     for gate_up, down in zip(found.gate_up_proj.detach(), found.down_proj.detach(), strict=True):
         gate, up = gate_up.chunk(2)
-        rows = [(gate != mlp.gate_proj.weight).any(1), (up != mlp.up_proj.weight).any(1), (down != mlp.down_proj.weight).any(0)]
-        assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+        rows = [
+            (gate != mlp.gate_proj.weight).any(1),
+            (up != mlp.up_proj.weight).any(1),
+            (down != mlp.down_proj.weight).any(0),
+        ]
+        assert torch.equal(rows[0], rows[1])
+        assert torch.equal(rows[0], rows[2])
         assert rows[0].sum() == 32
         changed.append(rows[0])
         assert down[:, rows[0]].std().item() == pytest.approx(mlp.down_proj.weight.std().item(), rel=0.1)
@@ -176,83 +184,6 @@ def test_the_losses_join_any_loss():
     assert apart(gradients[1], wanted) <= 1e-6
 
 
-# -- padding -------------------------------------------------------------------------------------------------------------
-
-
-def padded(left=False):
-    ids = token_batch(length=12)["input_ids"]
-    mask = torch.ones_like(ids)
-    mask[1, slice(0, 4) if left else slice(8, 12)] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("left", [False, True])
-def test_padding_is_not_routed(attention, left):
-    model = upcycled(tiny_llama(attn_implementation=attention), experts=4)
-    batch, seen = padded(left), []
-    found = mixture(model)
-    found.assign = lambda *args, bound=found.assign: seen.append(bound(*args)) or seen[-1]
-    model(**batch)
-    assert torch.equal(seen[0].valid.view(-1, 2)[:, 0], batch["attention_mask"].bool().flatten())
-    model(**token_batch())
-    assert seen[1].valid is None or seen[1].valid.all()
-
-
-@pytest.mark.parametrize("left", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_in_padding_changes_no_gradient(left, checkpointing):
-    gradients = []
-    for token in (5, 77):
-        model = upcycled(tiny_llama(), experts=4, expert_noise=0.1, balance_coef=1.0, z_coef=1.0).train()
-        if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        batch = padded(left)
-        batch["input_ids"] = torch.where(batch["attention_mask"] == 0, token, batch["input_ids"])
-        real = batch["attention_mask"].bool()
-        model(**batch).logits[real].square().mean().backward()
-        gradients.append(mixture(model, "model.layers.1.mlp").router.grad)
-    assert apart(*gradients) <= 1e-5
-
-
-def test_the_mask_of_every_kind_of_attention_is_read():
-    real = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    causal = torch.ones(3, 3).tril().bool()
-    four = real[:, None, None, :] & causal
-    wide = torch.where(four, 0.0, torch.finfo(torch.float32).min)
-    outer = (real[:, None, None, :] & real[:, None, :, None]).float()  # DeBERTa's
-    for mask in (real, real.long(), real[:, None, None, :], four, wide, outer, torch.where(real, 0.0, -9e9)[:, None, None, :]):
-        assert torch.equal(real_tokens(mask, (2, 3)), real.flatten())
-    assert torch.equal(real_tokens(~real, (2, 3), inverted=True), real.flatten())
-    assert torch.equal(real_tokens(causal[None, None], (2, 3)), torch.ones(6, dtype=torch.bool))
-    assert real_tokens(four[:, :, 2:], (2, 1)) is None  # one more token, over a cache
-    assert real_tokens(None, (2, 3)) is None
-
-
-# -- causality -----------------------------------------------------------------------------------------------------------
-
-
-def test_later_tokens_change_nothing_before_them():
-    model = upcycled(tiny_llama(), experts=4, expert_noise=0.1)
-    ids = token_batch()["input_ids"]
-    later = torch.cat([ids[:, :6], ids[:, 6:] + 1], dim=1) % 128
-    with torch.no_grad():
-        assert apart(model(input_ids=later).logits[:, :6], model(input_ids=ids).logits[:, :6]) <= 1e-5
-        free = upcycled(tiny_llama(), experts=4, expert_noise=0.1, router="expert_choice", allow_noncausal=True, capacity=1.0)
-        assert apart(free(input_ids=later).logits[:, :6], free(input_ids=ids).logits[:, :6]) > 1e-3
-
-
-def test_decoding_with_a_cache_is_teacher_forcing():
-    model = upcycled(tiny_llama(use_cache=True), experts=4, expert_noise=0.1)
-    ids, steps, cache = token_batch()["input_ids"], [], None
-    with torch.no_grad():
-        for part in (ids[:, :7], *ids[:, 7:].split(1, dim=1)):
-            output = model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            steps.append(output.logits)
-        assert apart(torch.cat(steps, dim=1), model(input_ids=ids).logits) <= 1e-5
-
-
 # -- expert choice -------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +201,9 @@ def test_experts_choose_their_share_and_weights_sum_to_one():
     assert torch.allclose(sums, covered.float())
 
 
-@pytest.mark.parametrize("fields", [{"experts": 4, "capacity": 4.0}, {"experts": 32, "capacity": 1.0, "uncovered": "dense"}])
+@pytest.mark.parametrize(
+    "fields", [{"experts": 4, "capacity": 4.0}, {"experts": 32, "capacity": 1.0, "uncovered": "dense"}]
+)
 @pytest.mark.parametrize("group", ["batch", "sequence", 7])
 def test_experts_that_choose_cover_the_dense_model_where_they_must(group, fields):
     base = logits(tiny_llama())
@@ -298,7 +231,9 @@ def stories(data_dir):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with (data_dir / "lm" / "tinystories_valid.jsonl").open() as file:
         texts = [json.loads(next(file))["text"] for _ in range(16)]
-    ids = torch.tensor([([tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False)["input_ids"])[:128] for text in texts])
+    ids = torch.tensor(
+        [([tokenizer.bos_token_id] + tokenizer(text, add_special_tokens=False)["input_ids"])[:128] for text in texts]
+    )
 
     @torch.no_grad()
     def loss(**fields):
@@ -319,8 +254,17 @@ def test_a_trained_model_starts_at_its_loss(stories):
     assert bare - dense >= 5 * abs(scaled - dense)
 
 
-def test_expert_choice_in_the_last_half_starts_close(stories):
-    assert abs(stories(**choosing(experts=32, capacity=2.0, layers="last_half")) - stories()) <= 0.06
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({"experts": 8, "capacity": 2.0}, 0.06),
+        ({"experts": 32, "capacity": 4.0}, 0.06),
+        ({"experts": 32, "capacity": 2.0}, 0.25),  # an eighth of the tokens has no expert in three of five layers
+        ({"experts": 32, "capacity": 2.0, "uncovered": "dense"}, 1e-6),
+    ],
+)
+def test_experts_that_choose_in_the_last_half_start_close(stories, fields, most):
+    assert abs(stories(**choosing(layers="last_half", **fields)) - stories()) <= most
 
 
 def test_it_learns(trained_on_e2e):
@@ -359,10 +303,13 @@ def test_a_folder_brings_back_mlps_in_parts(tmp_path):
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"router": "hash"}, "router must be one of topk, expert_choice, sigmoid, noisy_topk, got 'hash'"),
         ({"combine": "sum"}, "combine must be one of renorm, softmax, straight_through, got 'sum'"),
-        ({"weight_scale": "much"}, "weight_scale must be one of auto, none, got 'much'"),
-        ({"weight_scale": 0.0}, "weight_scale must be 'auto', 'none' or a positive number, got 0.0"),
+        ({"weight_scale": "much"}, "weight_scale must be one of auto, spread, none, got 'much'"),
+        ({"weight_scale": 0.0}, "weight_scale must be 'auto', 'spread', 'none' or a positive number, got 0.0"),
         ({"router": "expert_choice", "capacity": 9.0}, "capacity=9.0 asks for more than the 8 experts there are"),
-        ({"router": "expert_choice", "group": 0}, "group must be 'batch', 'sequence' or a positive number of tokens, got 0"),
+        (
+            {"router": "expert_choice", "group": 0},
+            "group must be 'batch', 'sequence' or a positive number of tokens, got 0",
+        ),
         ({"router": "expert_choice", "combine": "straight_through"}, "combine must be 'renorm' or 'softmax'"),
         ({"uncovered": "none"}, "uncovered must be one of residual, dense, got 'none'"),
         ({"layers": "first_half"}, "layers must be one of all, last_half, every_other, got 'first_half'"),
@@ -371,6 +318,7 @@ def test_a_folder_brings_back_mlps_in_parts(tmp_path):
         ({"jitter": -0.1}, "jitter must be a finite number of at least 0, got -0.1"),
         ({"balance_coef": float("nan")}, "balance_coef must be a finite number of at least 0, got nan"),
         ({"granularity": 2, "top_k": 3}, "top_k must be a multiple of it"),
+        ({"granularity": 2, "router_std": 0.0}, "needs router_std > 0"),
         ({"granularity": 2, "router": "noisy_topk"}, "needs a router that chooses all parts of a copy together"),
         ({"train": "router"}, "train must be one of experts, all, got 'router'"),
         ({"implementation": "loop"}, "implementation must be one of auto, unbind, grouped_mm, got 'loop'"),
