@@ -368,6 +368,9 @@ class EvalTask(Named, ABC):
 class Exporter(Named, ABC):
     """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""
 
+    atomic: ClassVar[bool] = False
+    """The folder is written wholly or not at all, so nobody needs to have it written elsewhere and moved."""
+
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:
         """Write ``model`` to the folder ``path``. The model is left as it was."""
