@@ -264,3 +264,31 @@ def test_two_processes_train_with_idle_experts(kind, tmp_path):
     assert found[0] == found[1]
     assert found[0].keys() == wanted.keys()
     assert all(found[0][key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-2) for key in wanted)
+
+
+def test_the_routers_can_be_watched(make_trainer, tmp_path):
+    from lightning.pytorch.loggers import CSVLogger
+    from torch.utils.data import DataLoader
+
+    from lightning_peft import PEFTModule, RouterMonitor
+
+    ids = token_batch(rows=8)["input_ids"]
+    rows = [{"input_ids": row, "attention_mask": (torch.arange(12) < 9).long(), "labels": row} for row in ids]
+    module = PEFTModule(tiny_llama(), MoEUpcycling(experts=4), optimizer=torch.optim.SGD)
+    trainer = make_trainer(
+        tmp_path,
+        max_steps=2,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        callbacks=[RouterMonitor()],
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, DataLoader(rows, batch_size=4))
+    figures = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("moe/")}
+    loads = [value for key, value in figures.items() if "layers.0" in key and "/load/" in key]
+    assert len(loads) == 4
+    assert sum(loads) == pytest.approx(1.0)
+    assert [value for key, value in figures.items() if key.endswith("uncovered")] == [
+        0.0,
+        0.0,
+    ]  # padding is nobody's loss

@@ -67,7 +67,7 @@ def test_one_block_in_bfloat16_starts_at_the_dense_block_but_for_rounding(top_k)
     with torch.no_grad():
         y, dense = layer(x), layer.base_layer(x)
     # Products of fewer rows may add up in another order, which moves a rare result to the next bfloat16.
-    assert float((y != dense).float().mean()) <= 0.02
+    assert float((y != dense).float().mean()) <= 1e-3
     assert torch.allclose(y.float(), dense.float(), rtol=2**-7, atol=1e-5)
 
 
