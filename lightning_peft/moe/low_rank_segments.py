@@ -179,7 +179,8 @@ def _average(hidden: Sequence[Tensor], weights: Tensor) -> Tensor:
     """Return the sum of ``hidden`` (n, inner), each times its column of ``weights`` (n, k), in float32 at least."""
     first = hidden[0]
     wide = torch.promote_types(torch.float32, first.dtype)
-    mixed = first.to(wide, copy=True)
+    total: Tensor | None = None
     for k, one in enumerate(hidden[1:], 1):
-        mixed.addcmul_((one - first).to(wide), weights[:, k, None].to(wide))
-    return mixed.to(first.dtype)
+        change = (one - first).to(wide).mul_(weights[:, k, None].to(wide))
+        total = change if total is None else total.add_(change)
+    return first if total is None else total.add_(first).to(first.dtype)
