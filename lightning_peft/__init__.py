@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import Phase as Phase
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
+    from lightning_peft.callbacks import RouterMonitor as RouterMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.composition import Adaptation as Adaptation
     from lightning_peft.composition import inject_all as inject_all
@@ -61,7 +62,10 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
+    from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
+    from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.p_tuning import PTuning as PTuning
@@ -113,9 +117,12 @@ _HOME = {
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
     "LoRAGA": "plugins.lora_ga",
+    "LoRAMixture": "plugins.lora_mixture",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "Method": "interfaces",
+    "MixLoRA": "plugins.mix_lora",
+    "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "NF4": "plugins.quantizers",
@@ -134,6 +141,7 @@ _HOME = {
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",
+    "RouterMonitor": "callbacks",
     "Slice": "interfaces",
     "Target": "interfaces",
     "Targets": "targets",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter, Method
+from lightning_peft.moe.balance import loss_scale
 from lightning_peft.saved_modules import own_adapters
 
 if TYPE_CHECKING:
@@ -40,15 +41,15 @@ class AdapterTraining(_Host):
     """The hooks of a LightningModule that let adapters take part in training, whatever ``training_step`` does."""
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add what the adapters ask for to ``loss``, in its scale, and run backward."""
+        """Add what the adapters ask for to ``loss``, in its scale, and run backward; losses of routers join in there."""
+        share = 1.0 / self.trainer.accumulate_grad_batches if self.automatic_optimization else 1.0
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = share if scaler is None else scaler.scale(torch.full((), share, device=loss.device))
         own = auxiliary_loss(self)
         if own is not None and own.requires_grad:
-            if self.automatic_optimization:
-                own = own / self.trainer.accumulate_grad_batches
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            own = own if scaler is None else scaler.scale(own)
-            loss = loss + own.to(loss.device, loss.dtype)
-        super().backward(loss, *args, **kwargs)
+            loss = loss + (own * scale).to(loss.device, loss.dtype)
+        with loss_scale(scale):
+            super().backward(loss, *args, **kwargs)
 
     def optimizer_step(
         self,

@@ -8,6 +8,7 @@
     ├── InjectionError           (RuntimeError)  a name taken twice, a module that cannot be wrapped
     ├── AdapterNotFoundError     (LookupError)   no adapter of that name; a model without adapters
     ├── MergeError               (RuntimeError)  a merge that would be wrong: tied, packed, non-finite, done already
+    ├── ExportError              (RuntimeError)  a format that cannot hold the model, or held another one when it was read again
     ├── AdapterFileError         (ValueError)    an adapter folder that cannot be read as one
     │   ├── AdapterConfigError                   its configuration: unknown method, field, value
     │   └── AdapterMismatchError                 its tensors: missing, extra, mis-shaped, non-finite
@@ -53,6 +54,10 @@ class AdapterNotFoundError(LightningPEFTError, LookupError):
 
 class MergeError(LightningPEFTError, RuntimeError):
     """A merge or unmerge would give wrong weights and is refused."""
+
+
+class ExportError(LightningPEFTError, RuntimeError):
+    """A format cannot represent the model, or what was written computes something else."""
 
 
 class AdapterFileError(LightningPEFTError, ValueError):

@@ -152,7 +152,7 @@ class Adapter(nn.Module, ABC):
         )
 
 
-class _Named:
+class Named:
     """What all plugin nouns share: a ``name``, and dataclass fields as plain values."""
 
     name: ClassVar[str]
@@ -179,7 +179,7 @@ class _Named:
         return cls(**config)
 
 
-class Method(_Named, ABC):
+class Method(Named, ABC):
     """An adaptation method: its hyperparameters and how it makes adapters.
 
     A subclass is a ``@dataclass(frozen=True, kw_only=True)``: the fields are the hyperparameters, each with a docstring
@@ -339,7 +339,7 @@ class Method(_Named, ABC):
         return {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
 
 
-class Quantizer(_Named, ABC):
+class Quantizer(Named, ABC):
     """A way to store the weights of a frozen linear layer in few bits. A frozen dataclass, like :class:`Method`."""
 
     @abstractmethod
@@ -359,7 +359,7 @@ class Quantizer(_Named, ABC):
         return False
 
 
-class EvalTask(_Named, ABC):
+class EvalTask(Named, ABC):
     """A measurement of a model. A frozen dataclass, like :class:`Method`."""
 
     @abstractmethod
@@ -367,8 +367,11 @@ class EvalTask(_Named, ABC):
         """Measure ``model`` as it is now and return the figures by name. The model is left as it was."""
 
 
-class Exporter(_Named, ABC):
+class Exporter(Named, ABC):
     """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""
+
+    atomic: ClassVar[bool] = False
+    """The folder is written wholly or not at all, so nobody needs to have it written elsewhere and moved."""
 
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:

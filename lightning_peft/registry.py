@@ -56,10 +56,14 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.full",
     "lightning_peft.plugins.vera",
     "lightning_peft.plugins.trainable_tokens",
+    "lightning_peft.plugins.moe_upcycling",
+    "lightning_peft.plugins.mix_lora",
+    "lightning_peft.plugins.lora_mixture",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
     "lightning_peft.plugins.exporters",
+    "lightning_peft.plugins.moe_exporters",
 )
 """The built-in plugins, in the order they load. A new built-in method is one file and one line here."""
 

@@ -152,6 +152,21 @@ def parameter_places(model: nn.Module, roots: Sequence[str]) -> dict[str, list[s
     return places
 
 
+def train_tied_as_one(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Let copies among fresh ``adapters``, by module path, train a parameter that several modules hold as one tensor."""
+    modules = {path: unwrapped(module) for path, module in base_modules(model)}
+    leaders: dict[int, tuple[ParameterCopies, str]] = {}
+    for path, adapter in adapters.items():
+        if not isinstance(adapter, ParameterCopies):
+            continue
+        for name in adapter.names:
+            key = id(modules[path].get_parameter(name))
+            if key in leaders:
+                adapter.follow(name, *leaders[key])
+            else:
+                leaders[key] = (adapter, name)
+
+
 def _base_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     for _, inner in base_modules(module):
         yield from unwrapped(inner).parameters(recurse=False)

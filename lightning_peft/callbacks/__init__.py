@@ -3,5 +3,6 @@
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.phases import Phase, PhaseSchedule
 from lightning_peft.callbacks.resources import ResourceMonitor
+from lightning_peft.callbacks.router_monitor import RouterMonitor
 
-__all__ = ["AdapterCheckpoint", "Phase", "PhaseSchedule", "ResourceMonitor"]
+__all__ = ["AdapterCheckpoint", "Phase", "PhaseSchedule", "ResourceMonitor", "RouterMonitor"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,10 @@ def merge(
     dtype: Dtype = "auto",
     check_base: bool = True,
     overwrite: bool = False,
+    exporter: str = "merged_transformers",
+    options: dict[str, Any] | None = None,
 ) -> None:
-    """Merge an adapter into its base and write a plain transformers folder.
+    """Merge an adapter into its base and write a plain transformers folder, or the folder of another exporter.
 
     Args:
         adapter: adapter folder, ours or HF PEFT's.
@@ -31,28 +35,27 @@ def merge(
         dtype: precision of the weights; auto is that of the base.
         check_base: whether to refuse a base other than the one the adapter was trained on.
         overwrite: replace the model that stands in the output folder.
+        exporter: registry name of the exporter that writes, such as mixtral for a mixture of experts.
+        options: fields of the exporter, as a mapping.
 
     Raises:
         ConfigError: the output is not empty, or no base can be loaded.
         AdapterFileError: the adapter cannot be read or does not fit the base.
         MergeError: its method cannot be merged.
+        ExportError: the format cannot hold the model.
+        UnknownNameError: there is no such exporter.
     """
     from lightning_peft.registry import get_registry
 
+    writer = get_registry().get("exporter", exporter).from_config(options or {})
     folder = Path(output)
     base = base or _base_of(adapter)
     _check_output(folder, overwrite, [adapter, base])
     model = _load_base(base, dtype)
     _load(model, adapter, check_base)
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial-{os.getpid()}")
-    try:
-        get_registry().get("exporter", "merged_transformers")().export(model, partial)
-        _copy_tokenizer(base, partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with _replaced(folder, written_in_place=writer.atomic) as written:
+        writer.export(model, written)
+        _copy_tokenizer(base, written)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder} ({size / 1e6:,.1f} MB)" if size >= 1e6 else f"{folder} ({size / 1e3:,.1f} kB)")
 
@@ -166,6 +169,32 @@ def _copy_tokenizer(base: str, folder: Path) -> None:
         print(f"{base!r} has no tokenizer to copy")
     else:
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path, written_in_place: bool) -> Iterator[Path]:
+    """Give the folder to write instead of ``folder``: one beside it that takes its place afterwards, or its own empty place.
+
+    If writing fails, what stood there stands there still.
+    """
+    place = folder.absolute()
+    beside = place.with_name(f".{place.name}.partial-{os.getpid()}")
+    if written_in_place and place.exists():
+        place.rename(beside)  # what stood there, until the new one is whole
+    try:
+        yield place if written_in_place else beside
+        if not written_in_place:
+            if place.exists():
+                shutil.rmtree(place)
+            beside.rename(place)
+    except BaseException:
+        if written_in_place:
+            shutil.rmtree(place, ignore_errors=True)
+            if beside.exists():
+                beside.rename(place)
+        raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_output(folder: Path, overwrite: bool, inputs: list[str]) -> None:

@@ -18,8 +18,8 @@ from typing import ClassVar
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places
+from lightning_peft.adapter_layer import unwrapped
+from lightning_peft.arithmetic.parameter_copies import ParameterCopies, parameter_places, train_tied_as_one
 from lightning_peft.errors import TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
@@ -72,16 +72,7 @@ class FullFineTuning(Method):
     @override
     def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         """Let tied weights be trained as one."""
-        modules = {path: unwrapped(module) for path, module in base_modules(model)}
-        leaders: dict[int, tuple[ParameterCopies, str]] = {}
-        for path, adapter in adapters.items():
-            assert isinstance(adapter, ParameterCopies)
-            for name in adapter.names:
-                key = id(modules[path].get_parameter(name))
-                if key in leaders:
-                    adapter.follow(name, *leaders[key])
-                else:
-                    leaders[key] = (adapter, name)
+        train_tied_as_one(model, adapters)
 
 
 @hookimpl
