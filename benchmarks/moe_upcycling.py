@@ -5,6 +5,7 @@
     export LIGHTNING_PEFT_DATA=...
     OMP_NUM_THREADS=1 python benchmarks/moe_upcycling.py train --lr 3e-4 1e-4    # curves, in runs/benchmarks/moe_upcycling.json
     python benchmarks/moe_upcycling.py table                                     # the tables of docs/mixtures.md, from that file
+    python benchmarks/moe_upcycling.py start                                     # the loss before any step, for many choices
 
 The model is stories260k, which goes on with stories, all parameters trained by a fresh AdamW at a constant rate. For one seed all runs
 read the same rows in the same order. The clock runs during training steps only, and is that of the processor: other programs on the
@@ -15,6 +16,7 @@ Learning rates are as given and nothing is tuned.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,7 +27,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from lightning_peft import CausalLMLoader, FullFineTuning, MoEUpcycling, PEFTModule, TextDataModule
+from lightning_peft import CausalLMLoader, FullFineTuning, MoEUpcycling, PEFTModule, TextDataModule, inject
+from lightning_peft.moe.statistics import Routed, RouterStatistics
 
 RESULTS = Path("runs/benchmarks/moe_upcycling.json")
 EXPERTS: dict[str, Any] = {"experts": 8, "top_k": 2, "train": "all"}
@@ -35,6 +38,30 @@ CONTESTANTS = {
     "E8K2 renorm": MoEUpcycling(**EXPERTS, combine="renorm"),
     "E8K2 softmax, scaled": MoEUpcycling(**EXPERTS, combine="softmax", weight_scale="auto"),
 }
+
+CHOICE: dict[str, Any] = {"router": "expert_choice", "allow_noncausal": True}
+STARTS: list[tuple[str, dict[str, Any]]] = [
+    ("E8 K2 renorm", {}),
+    ("E8 K1 straight-through", {"top_k": 1, "combine": "straight_through"}),
+    ("E8 K2 softmax, no scale", {"combine": "softmax", "weight_scale": "none"}),
+    ("the same, last half of the layers", {"combine": "softmax", "weight_scale": "none", "layers": "last_half"}),
+    ("the same, every other layer", {"combine": "softmax", "weight_scale": "none", "layers": "every_other"}),
+    ("E8 K2 softmax, `auto`", {"combine": "softmax"}),
+    ("E8 K2 softmax, `spread`", {"combine": "softmax", "weight_scale": "spread"}),
+    ("E8 K2 sigmoid, `auto`", {"router": "sigmoid", "combine": "softmax"}),
+    ("G2: E16 K4 renorm", {"granularity": 2, "top_k": 4}),
+    ("G2: E16 K4 softmax, `auto`", {"granularity": 2, "top_k": 4, "combine": "softmax"}),
+    ("E8 K2 renorm, noise 1 %", {"expert_noise": 0.01}),
+    ("E8 K2 renorm, noise 10 %", {"expert_noise": 0.1}),
+    ("E8 K2 renorm, 10 % re-drawn", {"reinit": 0.1}),
+    ("E8 K2 renorm, 50 % re-drawn", {"reinit": 0.5}),
+    ("Expert Choice E8 C1", {**CHOICE, "capacity": 1.0}),
+    ("Expert Choice E8 C2", CHOICE),
+    ("Expert Choice E8 C2, each sequence", {**CHOICE, "group": "sequence"}),
+    ("Expert Choice E8 C2, uncovered: dense", {**CHOICE, "uncovered": "dense"}),
+    ("Expert Choice E32 C2", {**CHOICE, "experts": 32}),
+    ("Expert Choice E32 C2, last half", {**CHOICE, "experts": 32, "layers": "last_half"}),
+]
 
 
 class Curve(Callback):
@@ -55,24 +82,33 @@ class Curve(Callback):
         if trainer.global_step % self.every == 0:
             self.measure(trainer, module)
 
-    @torch.no_grad()
     def measure(self, trainer, module):
-        module.model.eval()
-        total = sum(float(module.model(**batch).loss) * len(batch["labels"]) for batch in self.batches)
-        module.model.train()
-        loss = total / sum(len(batch["labels"]) for batch in self.batches)
+        loss = validation_loss(module.model, self.batches)
         self.points.append({"step": trainer.global_step, "seconds": self.seconds, "loss": loss})
         print(self.points[-1], flush=True)
 
 
-def run(label: str, lr: float, seed: int, steps: int, options: argparse.Namespace) -> list[dict[str, float]]:
-    """Train one contestant and return its curve."""
-    data_dir = Path(os.environ["LIGHTNING_PEFT_DATA"])
-    folder = str(data_dir / "models" / "stories260k")
+@torch.no_grad()
+def validation_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Return the mean loss a token; all rows have the same length."""
+    model.eval()
+    total = sum(float(model(**batch).loss) * len(batch["labels"]) for batch in batches)
+    model.train()
+    return total / sum(len(batch["labels"]) for batch in batches)
+
+
+def model_folder() -> str:
+    """Return the folder of the dense model."""
+    return str(Path(os.environ["LIGHTNING_PEFT_DATA"]) / "models" / "stories260k")
+
+
+def stories(seed: int, options: argparse.Namespace) -> TextDataModule:
+    """Return the training and validation rows."""
+    texts = Path(os.environ["LIGHTNING_PEFT_DATA"]) / "lm"
     data = TextDataModule(
-        folder,
-        str(data_dir / "lm" / "tinystories_train.jsonl"),
-        str(data_dir / "lm" / "tinystories_valid.jsonl"),
+        model_folder(),
+        str(texts / "tinystories_train.jsonl"),
+        str(texts / "tinystories_valid.jsonl"),
         block_size=options.block,
         batch_size=options.rows,
         val_batch_size=16,
@@ -80,11 +116,43 @@ def run(label: str, lr: float, seed: int, steps: int, options: argparse.Namespac
         seed=seed,
     )
     data.setup("fit")
+    return data
+
+
+def validation_batches(data: TextDataModule) -> list[dict[str, torch.Tensor]]:
+    """Return the validation rows in batches."""
     loaders = data.val_dataloader()
-    curve = Curve(list(loaders[0] if isinstance(loaders, list) else loaders), options.every)
+    return list(loaders[0] if isinstance(loaders, list) else loaders)
+
+
+def start(options: argparse.Namespace) -> None:
+    """Print the loss before any step, with one draw of the routers each."""
+    torch.set_num_threads(1)
+    batches = validation_batches(stories(0, options))
+    dense = validation_loss(CausalLMLoader(path=model_folder()).load(), batches)
+    print(f"dense loss {dense:.4f}\n\n| | loss above dense | tokens without an expert, a layer |\n|---|---|---|")
+    for label, fields in STARTS:
+        seed_everything(options.seeds[0], verbose=False)
+        model = CausalLMLoader(path=model_folder()).load()
+        inject(model, MoEUpcycling(**fields))
+        routers = [module for module in model.modules() if isinstance(module, Routed)]
+        for router in routers:
+            router.statistics = RouterStatistics(router.num_experts)
+        loss = validation_loss(model, batches) - dense
+        shares = [router.statistics.report().uncovered for router in routers]
+        uncovered = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %" if max(shares) else "none"
+        print(f"| {label} | {loss:+.4f} | {uncovered} |", flush=True)
+
+
+def run(label: str, lr: float, seed: int, steps: int, options: argparse.Namespace) -> list[dict[str, float]]:
+    """Train one contestant and return its curve."""
+    data = stories(seed, options)
+    curve = Curve(validation_batches(data), options.every)
     seed_everything(seed, verbose=False)
     module = PEFTModule(
-        CausalLMLoader(path=folder), CONTESTANTS[label], optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr)
+        CausalLMLoader(path=model_folder()),
+        CONTESTANTS[label],
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr),
     )
     trainer = Trainer(
         max_steps=steps,
@@ -119,7 +187,7 @@ def train(options: argparse.Namespace) -> None:
 
 def at_time(points: list[dict[str, float]], seconds: float) -> float | None:
     """Return the loss at a time, between two measurements on a straight line; None after the last one."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in itertools.pairwise(points):
         if seconds <= after["seconds"]:
             share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
             return before["loss"] + share * (after["loss"] - before["loss"])
@@ -171,7 +239,7 @@ def table() -> None:
 def main() -> None:
     """Run the part that is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "table"])
+    parser.add_argument("part", choices=["train", "table", "start"])
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=400)
@@ -181,10 +249,10 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--val-tokens", type=int, default=32768)
     options = parser.parse_args()
-    if options.part == "train":
-        train(options)
-    else:
+    if options.part == "table":
         table()
+    else:
+        {"train": train, "start": start}[options.part](options)
 
 
 if __name__ == "__main__":
