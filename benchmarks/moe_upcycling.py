@@ -131,14 +131,17 @@ def start(options: argparse.Namespace) -> None:
     batches = validation_batches(stories(0, options))
     dense = validation_loss(CausalLMLoader(path=model_folder()).load(), batches)
     print(f"dense loss {dense:.4f}\n\n| | loss above dense | tokens without an expert, a layer |\n|---|---|---|")
-    for label, fields in STARTS:
+    for label, fields in (one for one in STARTS if one[0].startswith(options.only)):
         seed_everything(options.seeds[0], verbose=False)
         model = CausalLMLoader(path=model_folder()).load()
         inject(model, MoEUpcycling(**fields))
+        loss = validation_loss(model, batches) - dense
         routers = [module for module in model.modules() if isinstance(module, Routed)]
         for router in routers:
             router.statistics = RouterStatistics(router.num_experts)
-        loss = validation_loss(model, batches) - dense
+        with torch.no_grad():  # statistics are of training, which is the same forward here
+            for batch in batches[:4]:
+                model.train()(**batch)
         shares = [router.statistics.report().uncovered for router in routers]
         uncovered = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %" if max(shares) else "none"
         print(f"| {label} | {loss:+.4f} | {uncovered} |", flush=True)
@@ -247,6 +250,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--block", type=int, default=128)
+    parser.add_argument("--only", default="", help="of start, the rows whose label begins with this")
     parser.add_argument("--val-tokens", type=int, default=32768)
     options = parser.parse_args()
     if options.part == "table":
