@@ -63,6 +63,9 @@ CONTESTANTS: dict[str, tuple[dict[str, Any], float]] = {
     "TrainableTokens": ({"tokens": list(range(3, 103))}, 2e-2),
     "BitFit": ({"add_missing": True}, 1e-2),
     "NormTuning": ({}, 2e-2),
+    "MixLoRA": ({"experts": 4, "rank": 8}, 2e-3),
+    "LoRAMixture": ({"experts": 4, "rank": 4}, 2e-3),
+    "MoEUpcycling": ({"experts": 4}, 1e-3),
     "TopLayers": ({}, 1e-3),
     "FullFineTuning": ({}, 1e-3),
 }
