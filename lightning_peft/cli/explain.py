@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_peft.errors import did_you_mean
-from lightning_peft.registry import get_registry
 
 _VERB = r"(?:fit|validate|test|predict|merge|generate|methods|plugins)"
 _MANY = 100
@@ -259,6 +258,8 @@ def _class_names(key: str) -> list[str]:
 
 def _registry_names(key: str) -> list[str]:
     """Return the registry names that stand for classes in the value of a key."""
+    from lightning_peft.registry import get_registry  # it imports torch, which help can do without
+
     return sorted(get_registry().methods) if key.rpartition(".")[2] == "method" else []
 
 

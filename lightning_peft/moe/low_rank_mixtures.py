@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import load_balancing_loss, with_auxiliary_loss, z_loss
 from lightning_peft.moe.routing import Assignment, TopKRouter
@@ -70,6 +71,7 @@ class MixtureMethod(Method):
     """Precision of the experts: at least float32, or that of the base. The router is always in at least float32."""
 
     def __post_init__(self) -> None:
+        check_switches(self)
         kind = type(self).__name__
         if not isinstance(self.experts_pattern, Mapping):
             raise ConfigError(f"{kind} experts_pattern must map targets to numbers, got {self.experts_pattern!r}")

@@ -114,7 +114,9 @@ class LoRA(Method):
             if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ConfigError(f"LoRA {label} must be a finite number, got {alpha!r}")
             if alpha == 0:
-                raise ConfigError(f"LoRA {label} must not be zero, which scales the update to nothing, got {alpha!r}")
+                raise ConfigError(
+                    f"{type(self).__name__} {label} must not be zero, which scales the update to nothing, got {alpha!r}"
+                )
         if not isinstance(self.dropout, (int, float)) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"LoRA dropout must lie in [0, 1), got {self.dropout!r}")
         choices = {

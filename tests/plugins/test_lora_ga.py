@@ -360,7 +360,7 @@ def test_a_rank_that_takes_more_directions_than_there_are_is_refused():
         ({"convention": "hf"}, "LoRAGA convention must be one of paper, hf_peft, got 'hf'"),
         ({"stable_gamma": 0}, "LoRAGA stable_gamma must be a positive number, got 0"),
         ({"batches": 0}, "LoRAGA batches must be a positive integer, got 0"),
-        ({"alpha": 0.0}, "LoRAGA alpha must be positive, got 0.0"),
+        ({"alpha": 0.0}, "LoRAGA alpha must not be zero"),
         ({"rank": 0}, "LoRA rank must be a positive integer, got 0"),
     ],
 )

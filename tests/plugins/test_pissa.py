@@ -184,7 +184,7 @@ def test_the_base_is_not_touched_and_two_starts_nest():
     [
         ({"svd": "quick"}, "PiSSA svd must be one of exact, fast, got 'quick'"),
         ({"iterations": -1}, "PiSSA iterations must be 0 or a positive integer, got -1"),
-        ({"alpha": 0.0}, "PiSSA alpha must be positive, got 0.0"),
+        ({"alpha": 0.0}, "PiSSA alpha must not be zero"),
         ({"alpha_pattern": {"q": -1.0}}, r"PiSSA alpha_pattern\['q'\] must be positive, got -1.0"),
         ({"rank": 0}, "LoRA rank must be a positive integer, got 0"),
     ],
