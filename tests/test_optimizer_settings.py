@@ -115,7 +115,8 @@ def test_what_a_scheduler_writes_into_the_groups_is_compared_as_it_was_at_the_st
 @pytest.mark.parametrize("late", [False, True])
 def test_the_same_settings_resume(scheduler, late, resumed):
     options = {"strategy": LateRestore("cpu")} if late else {}
-    resumed(ours(ADAMW, scheduler), ours(ADAMW, scheduler), **options)
+    optimizer = resumed(ours(ADAMW, scheduler), ours(ADAMW, scheduler), **options)
+    assert {float(state["step"]) for state in optimizer.state.values()} == {4.0}  # it went on counting
 
 
 def test_a_checkpoint_without_settings_resumes_as_before(resumed):
