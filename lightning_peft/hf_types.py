@@ -1,11 +1,35 @@
-"""Which method reads HF PEFT's files of a type, where methods that inherit from each other share it."""
+"""HF PEFT's configurations: which method reads those of a type, and the refusal of keys that it does not have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from lightning_peft.errors import PluginConflictError
+from lightning_peft.errors import AdapterConfigError, PluginConflictError
 from lightning_peft.interfaces import Method
+
+_GENERAL = frozenset(
+    ["peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
+)
+"""Keys that every configuration has, and that are no hyperparameters."""
+
+
+def refuse_other_keys(name: str, config: Mapping[str, Any], understood: Collection[str]) -> None:
+    """Refuse a configuration of HF PEFT that sets something the method ``name`` does not have.
+
+    Args:
+        name: the method, for the message.
+        config: the configuration; what is None, false or empty counts as not set.
+        understood: keys of the method, beside those that every configuration has.
+
+    Raises:
+        AdapterConfigError: another key is set.
+    """
+    for key, value in config.items():
+        if key not in _GENERAL and key not in understood and value not in (None, False, "", [], {}):
+            raise AdapterConfigError(
+                f"this {name} does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
+            )
 
 
 def ancestors(methods: Iterable[type[Method]], peft_type: str | None) -> list[type[Method]]:

@@ -28,6 +28,7 @@ from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.backbones import NEEDED, backbone_path, input_embedding, is_backbone
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, InjectionError, TargetError
 from lightning_peft.families import ModelFamily
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.interfaces import Adapter, Method, Target
 
 _FILE_TENSOR = "prompt_embeddings"
@@ -294,11 +295,7 @@ class PromptMethod(Method):
         Raises:
             AdapterConfigError: ``config`` sets something else, or a field is out of its range.
         """
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and key not in keys and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(
-                    f"this {cls.__name__} does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        refuse_other_keys(cls.__name__, config, _HF_UNDERSTOOD.union(keys))
         try:
             method = cls(num_virtual_tokens=config.get("num_virtual_tokens"), **fields)  # type: ignore[arg-type]
         except ConfigError as error:
@@ -310,16 +307,11 @@ class PromptMethod(Method):
 
 _HF_UNDERSTOOD = frozenset(
     [
-        *("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"),
-        *(
-            "peft_type",
-            "peft_version",
-            "task_type",
-            "base_model_name_or_path",
-            "revision",
-            "inference_mode",
-            "auto_mapping",
-        ),
+        "num_virtual_tokens",
+        "token_dim",
+        "num_layers",
+        "num_attention_heads",
+        "num_transformer_submodules",
     ]
 )
 

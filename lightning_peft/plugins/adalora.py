@@ -31,6 +31,7 @@ from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.arithmetic.low_rank import CONVOLUTIONS, LowRankLinear, LowRankSettings
 from lightning_peft.arithmetic.singular_triplets import SVDConv, SVDLinear, TripletAdapter
 from lightning_peft.errors import AdapterConfigError, ConfigError, LightningPEFTWarning, TargetError
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import is_conv1d_linear
@@ -232,15 +233,8 @@ class AdaLoRA(Method):
     @classmethod
     @override
     def from_hf_config(cls, config: Mapping[str, Any]) -> AdaLoRA:
-        for key, value in config.items():
-            if (
-                key not in _HF_UNDERSTOOD
-                and value not in (None, False, "", [], {})
-                and (key, value) != ("bias", "none")
-            ):
-                raise AdapterConfigError(
-                    f"AdaLoRA does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        set_here = {key: value for key, value in config.items() if (key, value) != ("bias", "none")}
+        refuse_other_keys("AdaLoRA", set_here, _HF_UNDERSTOOD)
         given = {field: config[key] for key, field in _HF_FIELDS.items() if config.get(key) is not None}
         alpha = given.setdefault("alpha", 8)
         if isinstance(alpha, (int, float)) and alpha <= 0:
@@ -274,13 +268,6 @@ _HF_UNDERSTOOD = frozenset(
         "init_lora_weights",
         "fan_in_fan_out",
         "target_modules",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
         "layers_to_transform",
         "layers_pattern",
         "exclude_modules",

@@ -46,6 +46,7 @@ from lightning_peft.arithmetic.tied_low_rank import (
 from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.field_checks import check_switches
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.targets import fused_parameters, is_conv1d_linear, is_fused_experts
@@ -267,11 +268,7 @@ class LoRA(Method):
                 f"init_lora_weights={config['init_lora_weights']!r} changed the base weights before training; "
                 "convert the adapter with HF PEFT's `path_initial_model_for_weight_conversion` first"
             )
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(
-                    f"this LoRA does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        refuse_other_keys("LoRA", config, _HF_UNDERSTOOD)
         try:
             for name in ("rank_pattern", "alpha_pattern"):
                 if not isinstance(config.get(name) or {}, Mapping):
@@ -314,13 +311,6 @@ _HF_UNDERSTOOD = frozenset(
         "target_modules",
         "target_parameters",
         "ensure_weight_tying",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
         "layers_to_transform",
         "layers_pattern",
         "exclude_modules",

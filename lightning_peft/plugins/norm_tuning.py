@@ -19,7 +19,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies, trained_names
-from lightning_peft.errors import AdapterConfigError
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 
@@ -69,23 +69,12 @@ class NormTuning(Method):
     @classmethod
     @override
     def from_hf_config(cls, config: Mapping[str, Any]) -> NormTuning:
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(
-                    f"this NormTuning does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        refuse_other_keys("NormTuning", config, _HF_UNDERSTOOD)
         return cls()
 
 
 _HF_UNDERSTOOD = frozenset(
     [
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
         "target_modules",
         "exclude_modules",
     ]

@@ -35,6 +35,7 @@ from lightning_peft.arithmetic.prefixes import (
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.field_checks import check_switches
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 
@@ -186,11 +187,7 @@ class PrefixTuning(Method):
                 f"num_transformer_submodules is {config['num_transformer_submodules']!r}: a prefix for a model with an encoder and a "
                 "decoder, which PrefixTuning does not adapt"
             )
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(
-                    f"this PrefixTuning does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        refuse_other_keys("PrefixTuning", config, _HF_UNDERSTOOD)
         try:
             return cls(num_virtual_tokens=config.get("num_virtual_tokens"))  # type: ignore[arg-type]  # checked there
         except ConfigError as error:
@@ -200,8 +197,7 @@ class PrefixTuning(Method):
 _HF_UNDERSTOOD = frozenset(
     [
         *("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"),
-        *("encoder_hidden_size", "prefix_projection", "init_weights", "peft_type", "peft_version", "task_type"),
-        *("base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+        *("encoder_hidden_size", "prefix_projection", "init_weights"),
     ]
 )
 

@@ -23,6 +23,7 @@ from typing_extensions import override
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
 
@@ -139,11 +140,7 @@ class TrainableTokens(Method):
     @classmethod
     @override
     def from_hf_config(cls, config: Mapping[str, Any]) -> TrainableTokens:
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(
-                    f"TrainableTokens does not have HF PEFT's {key!r}, which the adapter sets to {value!r}"
-                )
+        refuse_other_keys("TrainableTokens", config, _HF_UNDERSTOOD)
         try:
             return cls(tokens=config.get("token_indices") or [])
         except ConfigError as error:
@@ -288,13 +285,6 @@ _HF_UNDERSTOOD = frozenset(
         "token_indices",
         "init_weights",
         "target_modules",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
         "exclude_modules",
     ]
 )

@@ -28,6 +28,7 @@ from lightning_peft.adapter_layer import base_modules
 from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankSettings
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.field_checks import check_switches
+from lightning_peft.hf_types import refuse_other_keys
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import HF_PREFIX, Adapter, Method, Slice, Target
 from lightning_peft.targets import is_conv1d_linear, is_linear
@@ -135,9 +136,7 @@ class VeRA(Method):
     @classmethod
     @override
     def from_hf_config(cls, config: Mapping[str, Any]) -> VeRA:
-        for key, value in config.items():
-            if key not in _HF_UNDERSTOOD and value not in (None, False, "", [], {}):
-                raise AdapterConfigError(f"VeRA does not have HF PEFT's {key!r}, which the adapter sets to {value!r}")
+        refuse_other_keys("VeRA", config, _HF_UNDERSTOOD)
         if config.get("bias", "none") != "none":
             raise AdapterConfigError(f"VeRA trains no biases, but the adapter has bias={config['bias']!r}")
         try:
@@ -266,13 +265,6 @@ _HF_UNDERSTOOD = frozenset(
         "bias",
         "init_weights",
         "target_modules",
-        "peft_type",
-        "peft_version",
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
         "layers_to_transform",
         "layers_pattern",
         "exclude_modules",
