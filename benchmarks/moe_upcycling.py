@@ -6,8 +6,10 @@
     OMP_NUM_THREADS=1 python benchmarks/moe_upcycling.py train --lr 3e-4 1e-4    # curves, in runs/benchmarks/moe_upcycling.json
     python benchmarks/moe_upcycling.py table                                     # the tables of docs/mixtures.md, from that file
     python benchmarks/moe_upcycling.py start                                     # the loss before any step, for many choices
+    python benchmarks/moe_upcycling.py pretrain --lr 1.5e-3                      # a model that has not learned all it can
+    python benchmarks/moe_upcycling.py train --lr 1.5e-3 --model runs/benchmarks/unfinished --results runs/benchmarks/unfinished.json
 
-The model is stories260k, which goes on with stories, all parameters trained by a fresh AdamW at a constant rate. For one seed all runs
+The model is stories260k, or the one that ``pretrain`` made, which goes on with stories, all parameters trained by a fresh AdamW at a constant rate. For one seed all runs
 read the same rows in the same order. The clock runs during training steps only, and is that of the processor: other programs on the
 machine take no part in it. The dense model trains for more steps, so that there is a loss of it at the time at which mixtures end.
 Learning rates are as given and nothing is tuned.
@@ -26,11 +28,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from transformers import AutoTokenizer
 
 from lightning_peft import CausalLMLoader, FullFineTuning, MoEUpcycling, PEFTModule, TextDataModule, inject
 from lightning_peft.moe.statistics import Routed, RouterStatistics
 
-RESULTS = Path("runs/benchmarks/moe_upcycling.json")
+UNFINISHED = Path("runs/benchmarks/unfinished")
 EXPERTS: dict[str, Any] = {"experts": 8, "top_k": 2, "train": "all"}
 DENSE = "dense"
 CONTESTANTS = {
@@ -97,16 +100,48 @@ def validation_loss(model: Any, batches: list[dict[str, torch.Tensor]]) -> float
     return total / sum(len(batch["labels"]) for batch in batches)
 
 
-def model_folder() -> str:
-    """Return the folder of the dense model."""
+def stories260k() -> str:
+    """Return the folder of stories260k, whose tokenizer all runs use."""
     return str(Path(os.environ["LIGHTNING_PEFT_DATA"]) / "models" / "stories260k")
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Train a Llama of 4 layers of width 128 from nothing, with AdamW at a constant rate, and write it to ``UNFINISHED``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    data, steps, (lr,) = stories(0, options), options.pretrain_steps, options.lr
+    seed_everything(0, verbose=False)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    epochs = itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count())
+    for step, batch in enumerate(itertools.islice(epochs, steps), 1):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(step, f"training {float(loss):.4f}", flush=True)
+    print(f"validation {validation_loss(model, validation_batches(data)):.4f} after {steps} steps")
+    model.save_pretrained(UNFINISHED)
+    AutoTokenizer.from_pretrained(stories260k()).save_pretrained(UNFINISHED)
 
 
 def stories(seed: int, options: argparse.Namespace) -> TextDataModule:
     """Return the training and validation rows."""
     texts = Path(os.environ["LIGHTNING_PEFT_DATA"]) / "lm"
     data = TextDataModule(
-        model_folder(),
+        stories260k(),
         str(texts / "tinystories_train.jsonl"),
         str(texts / "tinystories_valid.jsonl"),
         block_size=options.block,
@@ -129,11 +164,11 @@ def start(options: argparse.Namespace) -> None:
     """Print the loss before any step, with one draw of the routers each."""
     torch.set_num_threads(1)
     batches = validation_batches(stories(0, options))
-    dense = validation_loss(CausalLMLoader(path=model_folder()).load(), batches)
+    dense = validation_loss(CausalLMLoader(path=options.model or stories260k()).load(), batches)
     print(f"dense loss {dense:.4f}\n\n| | loss above dense | tokens without an expert, a layer |\n|---|---|---|")
     for label, fields in (one for one in STARTS if one[0].startswith(options.only)):
         seed_everything(options.seeds[0], verbose=False)
-        model = CausalLMLoader(path=model_folder()).load()
+        model = CausalLMLoader(path=options.model or stories260k()).load()
         inject(model, MoEUpcycling(**fields))
         loss = validation_loss(model, batches) - dense
         routers = [module for module in model.modules() if isinstance(module, Routed)]
@@ -153,7 +188,7 @@ def run(label: str, lr: float, seed: int, steps: int, options: argparse.Namespac
     curve = Curve(validation_batches(data), options.every)
     seed_everything(seed, verbose=False)
     module = PEFTModule(
-        CausalLMLoader(path=model_folder()),
+        CausalLMLoader(path=options.model or stories260k()),
         CONTESTANTS[label],
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr),
     )
@@ -175,9 +210,9 @@ def run(label: str, lr: float, seed: int, steps: int, options: argparse.Namespac
 def train(options: argparse.Namespace) -> None:
     """Train every contestant at every rate with every seed; the file is complete after each."""
     torch.set_num_threads(1)
-    settings = {key: value for key, value in vars(options).items() if key != "part"}
+    settings = {key: value for key, value in vars(options).items() if key not in ("part", "model", "results")}
     results: dict[str, Any] = {"settings": settings, "torch": torch.__version__, "runs": []}
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
     for lr in options.lr:
         for seed in options.seeds:
             for label in CONTESTANTS:
@@ -185,7 +220,7 @@ def train(options: argparse.Namespace) -> None:
                 steps = options.dense_steps if label == DENSE else options.steps
                 points = run(label, lr, seed, steps, options)
                 results["runs"].append({"label": label, "lr": lr, "seed": seed, "points": points})
-                RESULTS.write_text(json.dumps(results, indent=1))
+                options.results.write_text(json.dumps(results, indent=1))
 
 
 def at_time(points: list[dict[str, float]], seconds: float) -> float | None:
@@ -197,9 +232,9 @@ def at_time(points: list[dict[str, float]], seconds: float) -> float | None:
     return None
 
 
-def table() -> None:
+def table(options: argparse.Namespace) -> None:
     """Print the tables of the docs."""
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(options.results.read_text())
     steps, every = results["settings"]["steps"], results["settings"]["every"]
     runs = {(one["lr"], one["seed"], one["label"]): one["points"] for one in results["runs"]}
     marks = range(0, steps + 1, every)
@@ -240,7 +275,7 @@ def table() -> None:
 def main() -> None:
     """Run the part that is named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["train", "table", "start"])
+    parser.add_argument("part", choices=["pretrain", "train", "table", "start"])
     parser.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=400)
@@ -250,11 +285,11 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=128)
     parser.add_argument("--only", default="", help="of start, the rows whose label begins with this")
     parser.add_argument("--val-tokens", type=int, default=32768)
+    parser.add_argument("--model", help="folder of the dense model, in place of stories260k")
+    parser.add_argument("--results", type=Path, default=Path("runs/benchmarks/moe_upcycling.json"))
+    parser.add_argument("--pretrain-steps", type=int, default=1500)
     options = parser.parse_args()
-    if options.part == "table":
-        table()
-    else:
-        {"train": train, "start": start}[options.part](options)
+    {"pretrain": pretrain, "train": train, "table": table, "start": start}[options.part](options)
 
 
 if __name__ == "__main__":

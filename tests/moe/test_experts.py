@@ -132,6 +132,51 @@ def test_first_and_second_derivatives_are_right_in_float64(router):
     assert torch.autograd.gradgradcheck(run, (x, gate, *tensors(weights)))
 
 
+class Slope(nn.Module):
+    """An activation that is trained itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return torch.where(x > 0, x, self.slope * x)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_activation_with_parameters_gets_their_gradient(trained):
+    weights, activation = make_weights(4, 16, 24, biased=True), Slope().requires_grad_(trained)
+    x, _, assignment = routed(TopKRouter(), 20, 16, 4)
+    found = run_experts(x, assignment, weights, activation, implementation="unbind").square().sum()
+    wanted = run_experts(x, assignment, weights, activation, implementation="grouped_mm").square().sum()
+    inputs = [x, *tensors(weights), *([activation.slope] if trained else [])]
+    for mine, its in zip(
+        torch.autograd.grad(found, inputs, retain_graph=True), torch.autograd.grad(wanted, inputs), strict=True
+    ):
+        assert relative(mine, its) <= 1e-5
+
+
+@pytest.mark.parametrize("trained", ["gate_up", "down", "gate_up_bias", "down_bias", None])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(trained):
+    x, _, assignment = routed(TopKRouter(), 20, 16, 4)
+
+    def gradients(names):
+        weights = make_weights(4, 16, 24, biased=True)
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            getattr(weights, name).requires_grad_(name in names)
+        leaf = x.detach().clone().requires_grad_(not names or len(names) > 1)
+        output = run_experts(leaf, assignment, weights, F.silu, implementation="unbind")
+        output.square().sum().backward(inputs=[leaf] if not names else None, retain_graph=True)
+        return {"x": leaf.grad, **{name: getattr(weights, name).grad for name in names}}
+
+    every = gradients(("gate_up", "down", "gate_up_bias", "down_bias"))
+    found = gradients((trained,) if trained else ())
+    key = trained or "x"
+    assert torch.equal(found[key], every[key])
+    assert set(found) - {"x"} == ({trained} if trained else set())
+    assert (found["x"] is None) == bool(trained)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_expert_without_tokens_gets_a_gradient_of_zeros_and_never_none(implementation):
     weights = make_weights(4, 16, 16, biased=True)
@@ -187,26 +232,41 @@ def test_identical_experts_are_the_dense_mlp_and_their_gradients_sum_to_its(k, i
         assert float(slope.norm()) > 1e-2 * float(dense_up.grad.norm())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_identical_experts_in_bfloat16_are_the_dense_mlp_bit_for_bit(implementation):
-    one = make_weights(1, 32, 32, dtype=torch.bfloat16)
-    copies = ExpertWeights(one.gate_up.repeat(4, 1, 1), one.down.repeat(4, 1, 1))
-    x, _, assignment = routed(TopKRouter(), 33, 32, 4)
-    x = x.to(torch.bfloat16)
-    # The dense output row by row: a product of other sizes may round other sums.
+def alone(x, assignment, weights):
+    """The dense MLP on the tokens of each expert alone (slots, d): a product of other sizes may round other sums."""
     slots = SlotOrder.of(assignment)
-    outputs = []
-    for part in torch.split(
-        x.index_select(0, slots.tokens), torch.diff(slots.ends, prepend=torch.zeros(1)).int().tolist()
-    ):
-        left, right = F.linear(part, one.gate_up[0]).chunk(2, dim=-1)
-        outputs.append(F.linear(F.silu(left) * right, one.down[0]))
-    dense = torch.cat(outputs)[slots.by_token].view(33, 2, 32)
-    mixed = run_experts(x, assignment, copies, F.silu, implementation=implementation)
-    assert mixed.dtype == torch.bfloat16
-    same = (dense[:, 0] == dense[:, 1]).all(-1)
-    assert same.sum() > 20
-    assert torch.equal(mixed[same], dense[:, 0][same])
+    sizes = torch.diff(slots.ends, prepend=torch.zeros(1)).int().tolist()
+    parts = torch.split(x.index_select(0, slots.tokens), sizes)
+    return torch.cat([dense(part, weights) for part in parts])[slots.by_token]
+
+
+def dense(x, weights):
+    left, right = F.linear(x, weights.gate_up[0]).chunk(2, dim=-1)
+    return F.linear(F.silu(left) * right, weights.down[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k"), [(torch.bfloat16, 1), (torch.bfloat16, 2), (torch.bfloat16, 4), (torch.float32, 1)]
+)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_identical_experts_are_the_dense_mlp_bit_for_bit(implementation, dtype, k):
+    """In bfloat16, whose sums over the experts are in float32, and with one expert a token."""
+    met = 0
+    for n, d, ff, experts in [(33, 32, 32, 4), (80, 64, 176, 8), (512, 64, 128, 8), (512, 128, 256, 8)]:
+        one = make_weights(1, d, ff, dtype=dtype)
+        copies = ExpertWeights(one.gate_up.repeat(experts, 1, 1), one.down.repeat(experts, 1, 1))
+        combine = "straight_through" if k == 1 else "renorm"
+        x, _, assignment = routed(TopKRouter(top_k=k, combine=combine), n, d, experts)
+        x = x.to(dtype)
+        mixed = run_experts(x, assignment, copies, F.silu, implementation=implementation)
+        assert mixed.dtype == dtype
+        whole, parts = dense(x, one), alone(x, assignment, one).view(n, k, d)
+        same = (parts == whole[:, None]).all(-1).all(-1)  # where the dense MLP rounds alike in products of either size
+        assert torch.equal(mixed[same], whole[same])
+        if k == 1 and implementation == "unbind":
+            assert torch.equal(mixed, parts[:, 0])
+        met += bool(same.all())
+    assert met > 0, "at one of these sizes the whole batch is to be the same"
 
 
 def test_autocast_decides_the_precision_of_the_products_and_not_of_the_sum():
