@@ -58,6 +58,10 @@ class MixLoRA(MixtureMethod):
 
     name: ClassVar[str] = "mix_lora"
     default_targets: ClassVar[tuple[str, ...]] = ("mlp",)
+    merge_refusal: ClassVar[str] = (
+        "a mixture, whose update differs from token to token; write the whole model with the exporter 'mixtral', an HF PEFT adapter with "
+        "'mixtral_peft', or keep the mixture as an adapter folder: save_adapter(model, folder)"
+    )
     normalized_weights: ClassVar[bool] = True
     choices = {**MixtureMethod.choices, "implementation": ("auto", "segments", "wide")}  # noqa: RUF012
 

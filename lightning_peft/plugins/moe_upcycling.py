@@ -79,7 +79,10 @@ class MoEUpcycling(Method):
     identity_at_init: ClassVar[bool] = False
     row_routable: ClassVar[bool] = True
     composable: ClassVar[bool] = False
-    merge_refusal: ClassVar[str] = "a mixture of experts, which no single MLP can stand for"
+    merge_refusal: ClassVar[str] = (
+        "a mixture of experts, which no single MLP can stand for; write the whole model with the exporter 'transformers_moe' (Mixtral, Qwen2Moe, "
+        "Qwen3Moe) or 'mixtral', or keep the mixture as an adapter folder: save_adapter(model, folder)"
+    )
 
     experts: int = 8
     """Copies of the MLP, E in the papers."""
