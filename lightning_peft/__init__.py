@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
     from lightning_peft.registry import get_registry as get_registry
+    from lightning_peft.routers import Assignment as Assignment
+    from lightning_peft.routers import Router as Router
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
@@ -99,6 +101,7 @@ _HOME = {
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterLayer": "adapter_layer",
+    "Assignment": "routers",
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
     "CausalLMLoader": "loaders",
@@ -141,6 +144,7 @@ _HOME = {
     "QLoRA": "plugins.qlora",
     "Quantizer": "interfaces",
     "ResourceMonitor": "callbacks",
+    "Router": "routers",
     "RouterMonitor": "callbacks",
     "Slice": "interfaces",
     "Target": "interfaces",

@@ -17,7 +17,7 @@
     └── PluginError              (RuntimeError)
         ├── PluginLoadError                      a third-party plugin that failed, asked for what it provides
         ├── PluginConflictError                  a name registered twice
-        └── UnknownNameError     (LookupError)   a method, quantizer, family, task or exporter nobody registered
+        └── UnknownNameError     (LookupError)   a method, quantizer, family, task, exporter or router nobody registered
 
     LightningPEFTWarning         (UserWarning)   something works, but not as its user may think
 """

@@ -1,7 +1,7 @@
 """Every way to extend ``lightning_peft``: start reading here.
 
 A plugin is a module (or object) that implements some of these hooks with :data:`hookimpl` and is named in the
-entry-point group ``lightning_peft`` of its package. The methods, quantizers, families, tasks and exporters that
+entry-point group ``lightning_peft`` of its package. The methods, quantizers, families, tasks, exporters and routers that
 ship with the library are plugins too and use nothing else.
 
 ::
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from lightning_peft.families import ModelFamily
     from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
+    from lightning_peft.routers import Router
 
 PROJECT = "lightning_peft"
 """The pluggy project name and the entry-point group of third-party plugins."""
@@ -59,6 +60,11 @@ def register_eval_tasks() -> Iterable[type[EvalTask]]:  # type: ignore[empty-bod
 @hookspec
 def register_exporters() -> Iterable[type[Exporter]]:  # type: ignore[empty-body]
     """Return the exporters of this plugin, as classes."""
+
+
+@hookspec
+def register_routers() -> Iterable[type[Router]]:  # type: ignore[empty-body]
+    """Return the routers of this plugin, as classes: which token of a mixture goes to which expert."""
 
 
 @hookspec(firstresult=True)

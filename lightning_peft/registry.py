@@ -32,6 +32,7 @@ from lightning_peft.families import GENERIC, ModelFamily
 from lightning_peft.hf_types import ancestors, claimants, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 from lightning_peft.plugin_info import PluginInfo, cause_of
+from lightning_peft.routers import Router
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.lora",
@@ -59,6 +60,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.moe_upcycling",
     "lightning_peft.plugins.mix_lora",
     "lightning_peft.plugins.lora_mixture",
+    "lightning_peft.plugins.routers",
     "lightning_peft.plugins.quantizers",
     "lightning_peft.plugins.model_families",
     "lightning_peft.plugins.eval_tasks",
@@ -77,6 +79,7 @@ _KINDS: dict[str, tuple[str, type]] = {
     "register_model_families": ("model family", ModelFamily),
     "register_eval_tasks": ("evaluation task", EvalTask),
     "register_exporters": ("exporter", Exporter),
+    "register_routers": ("router", Router),
 }
 _HOOKS = (*_KINDS, "resolve_model_family")
 
@@ -128,6 +131,11 @@ class Registry:
     def exporters(self) -> Mapping[str, type[Exporter]]:
         """Exporters by name."""
         return self._items["exporter"]
+
+    @property
+    def routers(self) -> Mapping[str, type[Router]]:
+        """Routers of mixtures of experts by name."""
+        return self._items["router"]
 
     @property
     def broken(self) -> list[PluginInfo]:

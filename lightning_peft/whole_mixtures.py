@@ -95,7 +95,7 @@ def _top_k(path: str, rule: Router) -> tuple[int, bool]:
         )
     if type(rule) is not TopKRouter:
         raise ExportError(
-            f"the router {rule.name!r} at {path!r} has no format in transformers, which has 'top_k' only; {own_format()}"
+            f"the router {rule.name!r} at {path!r} has no format in transformers, which has 'topk' only; {own_format()}"
         )
     return rule.top_k, rule.combine != "softmax"
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft import hookspecs, inject, save_adapter
+from lightning_peft.moe.routing import TopKRouter
 from lightning_peft.registry import ALLOW_LIST_VARIABLE, Registry
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def example():
 
 
 def test_the_hooks_are_found():
-    assert len(HOOKS) == 6
+    assert len(HOOKS) == 7
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -128,6 +129,16 @@ def test_the_example_of_a_quantizer_rounds_to_one_byte(example):
     assert not quantizer.packs(linear)
     x = torch.randn(3, 16)
     assert torch.allclose(packed(x), linear(x), atol=0.05)
+
+
+def test_the_example_of_a_router_routes_as_top_k_does(example):
+    logits, mask = torch.randn(6, 4), torch.tensor([True] * 5 + [False])
+    found = example("register_routers").Tempered(temperature=0.5).route(logits, mask=mask)
+    wanted = TopKRouter().route(logits / 0.5, mask=mask)
+    assert torch.equal(found.experts, wanted.experts)
+    assert torch.allclose(found.weights, wanted.weights)
+    assert torch.equal(found.valid, wanted.valid)
+    assert torch.equal(found.tokens, wanted.tokens)
 
 
 def test_the_example_of_a_task_measures(example):

@@ -121,12 +121,13 @@ def test_a_third_party_plugin_loads_through_its_entry_point(install):
         ("register_quantizers", "quantizer", "Quantizer", ("quantize", "dequantized")),
         ("register_eval_tasks", "evaluation task", "EvalTask", ("evaluate",)),
         ("register_exporters", "exporter", "Exporter", ("export",)),
+        ("register_routers", "router", "Router", ("route",)),
         ("register_model_families", "model family", None, ()),
     ],
 )
 def test_every_noun_can_come_from_a_third_party(hook, kind, base, verbs, install):
     lines = ["name: ClassVar[str] = 'turbo'", *(f"{verb} = lambda self, *arguments: None" for verb in verbs)]
-    made = f"from lightning_peft.interfaces import {base}\n@dataclass(frozen=True, kw_only=True)\nclass Turbo({base}):\n    "
+    made = f"from lightning_peft import {base}\n@dataclass(frozen=True, kw_only=True)\nclass Turbo({base}):\n    "
     code = made + "\n    ".join(lines) if base else "Turbo = ModelFamily(name='turbo')"
     install(f"{IMPORTS}{code}\n@hookimpl\ndef {hook}():\n    return (Turbo,)\n")
     registry = Registry()
@@ -391,6 +392,7 @@ def test_every_kind_can_be_asked_for():
         "model family": registry.model_families,
         "evaluation task": registry.eval_tasks,
         "exporter": registry.exporters,
+        "router": registry.routers,
     }
     for kind, items in kinds.items():
         assert items

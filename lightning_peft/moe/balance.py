@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.moe.routing import Assignment
+from lightning_peft.routers import Assignment
 
 _scale: float | Tensor = 1.0  # not thread-local: backward runs on threads of autograd
 

@@ -28,8 +28,9 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.field_checks import check_switches
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import load_balancing_loss, with_auxiliary_loss, z_loss
-from lightning_peft.moe.routing import Assignment, TopKRouter
+from lightning_peft.moe.router_choice import check_router_fields, router_named
 from lightning_peft.moe.statistics import Routed
+from lightning_peft.routers import Assignment, Router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +45,17 @@ class MixtureMethod(Method):
         "dtype": ("float32", "base"),
     }
     """The fields that take one of a few words, and the words."""
+    normalized_weights: ClassVar[bool] = False
+    """The arithmetic needs weights of a token that sum to one."""
 
     experts: int = 8
     """Experts at each place, E in the formula."""
     top_k: int = 2
     """Experts that each token goes to, at least 2: the weight of a single one would always be 1, and the router never learn."""
+    router: str = "topk"
+    """How tokens choose experts, by the name of a registered router: topk, noisy_topk, sigmoid."""
+    router_fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the router itself; top_k goes to a router that has it anyway."""
     rank: int = 8
     """Rank of each expert."""
     alpha: float = 16.0
@@ -79,12 +86,7 @@ class MixtureMethod(Method):
         for label, value in {"experts": self.experts, "rank": self.rank, **counts}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"{kind} {label} must be a positive integer, got {value!r}")
-        if not self.soft:
-            for label, experts in {"experts": self.experts, **counts}.items():
-                try:
-                    TopKRouter(top_k=self.top_k).check(experts)
-                except ConfigError as error:
-                    raise ConfigError(f"{kind} top_k={self.top_k!r} with {label}={experts!r}: {error}") from error
+        self._check_router({"experts": self.experts, **counts})
         if not _number(self.alpha):
             raise ConfigError(f"{kind} alpha must be a finite number, got {self.alpha!r}")
         if not _number(self.dropout) or not 0.0 <= self.dropout < 1.0:
@@ -95,6 +97,37 @@ class MixtureMethod(Method):
         for label, allowed in self.choices.items():
             if getattr(self, label) not in allowed:
                 raise ConfigError(f"{kind} {label} must be one of {', '.join(allowed)}, got {getattr(self, label)!r}")
+
+    def _check_router(self, counts: Mapping[str, int]) -> None:
+        kind = type(self).__name__
+        check_router_fields(self, self.router, self.router_fields)
+        if self.soft:
+            if self.router != "topk" or self.router_fields:
+                raise ConfigError(
+                    f"{kind} router={self.router!r} with router_fields={dict(self.router_fields)!r} was asked for, but every token goes to all "
+                    "experts here and no router chooses; leave both out, or choose routing='top_k'"
+                )
+            return
+        for label, experts in counts.items():
+            try:
+                rule = self.make_router()
+                rule.check(experts)
+            except ConfigError as error:
+                raise ConfigError(f"{kind} top_k={self.top_k!r} with {label}={experts!r}: {error}") from error
+        if not (rule.causal and rule.uniform):
+            raise ConfigError(
+                f"{kind} router={self.router!r} does not let each token choose the same number of experts by itself, which low-rank experts "
+                "need; choose topk, noisy_topk or sigmoid"
+            )
+        if self.normalized_weights and not rule.normalized:
+            raise ConfigError(
+                f"{kind} needs a router whose weights sum to one, as the frozen projections run once for all experts of a token, got {rule!r}; "
+                "choose combine='renorm'"
+            )
+
+    def make_router(self) -> Router:
+        """Return the rule by which tokens choose experts."""
+        return router_named(self.router, self.router_fields, {"top_k": self.top_k})
 
     @property
     def soft(self) -> bool:
@@ -125,6 +158,7 @@ class MixtureAdapter(Routed, Adapter):
         self.method, self.num_experts, self.rank, self.scaling = method, method.experts, method.rank, method.scaling
         held = like.dtype if like.is_floating_point() else torch.float32  # packed weights of a quantised base
         wide = torch.promote_types(torch.float32, held)
+        self.rule = None if method.soft else method.make_router()
         self._device, self._dtype = like.device, held if method.dtype == "base" else wide
         self.router = nn.Parameter(torch.empty(method.experts, width, device=like.device, dtype=wide))
 
@@ -181,15 +215,13 @@ class MixtureAdapter(Routed, Adapter):
 
     def assign(self, x: Tensor, mask: Tensor | None) -> Assignment:
         """X (n, width) -> which experts its tokens go to; ``mask`` (n,) is false at padding. In training with the losses."""
-        logits, soft = self.logits(x), self.method.soft
-        if soft:
-            assignment = _to_all(logits, mask)
-        else:
-            assignment = TopKRouter(top_k=self.method.top_k).route(logits, mask=mask, training=self.training)
+        logits = self.logits(x)
+        rule = self.rule
+        assignment = _to_all(logits, mask) if rule is None else rule.route(logits, mask=mask, training=self.training)
         self.observe(assignment, mask)
         losses = []
-        if self.training and self.method.balance_coef:
-            loss = importance_loss if soft else load_balancing_loss
+        if self.training and self.method.balance_coef and not (rule is not None and rule.balanced):
+            loss = importance_loss if rule is None else load_balancing_loss
             losses.append(self.method.balance_coef * loss(assignment, mask))
         if self.training and self.method.z_coef:
             losses.append(self.method.z_coef * z_loss(assignment, mask))

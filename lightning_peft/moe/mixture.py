@@ -19,8 +19,8 @@ from lightning_peft.moe.experts import ExpertWeights, Implementation, run_expert
 from lightning_peft.moe.feed_forward import FeedForward, dense_tensors, with_dropout
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.padding import take_note
-from lightning_peft.moe.routing import Assignment, Router
 from lightning_peft.moe.statistics import Routed
+from lightning_peft.routers import Assignment, Router
 from lightning_peft.targets import is_conv1d_linear
 
 
@@ -146,8 +146,7 @@ class MixtureOfExperts(Routed, Adapter):
     @property
     def copies_per_token(self) -> float:
         """How many copies of the MLP a token goes to, on average."""
-        per_token = getattr(self.rule, "top_k", 0) or getattr(self.rule, "capacity", 1.0)
-        return float(per_token) / self.layout.granularity
+        return self.rule.experts_per_token / self.layout.granularity
 
     def expert_weights(self) -> ExpertWeights:
         """Return the weights of the experts as the arithmetic takes them."""
@@ -174,7 +173,7 @@ class MixtureOfExperts(Routed, Adapter):
         """Return ``assignment`` with the losses of this layer in its backward."""
         method = self.method
         loss: Tensor | None = None
-        if method.balance_coef and self.rule.causal:
+        if method.balance_coef and not self.rule.balanced:
             loss = method.balance_coef * load_balancing_loss(assignment, mask)
         if method.z_coef:
             z = method.z_coef * z_loss(assignment, mask)
@@ -201,7 +200,7 @@ class MixtureOfExperts(Routed, Adapter):
         y = run_experts(
             tokens, assignment, self.expert_weights(), activation, implementation=method.implementation
         ).view(x.shape)
-        if method.uncovered == "dense" and not self.rule.causal:
+        if method.uncovered == "dense" and not self.rule.uniform:
             covered = (assignment.token_counts() > 0).view(x.shape[:-1])
             # What comes before the down-projection was bypassed, where the mixture stands around that alone.
             hidden = self._activation[0](dict(self._projections)[parts.up](x)) if parts.bypassed else x

@@ -17,94 +17,27 @@ load is balanced by construction, but a token may get no expert, and which it ge
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from lightning_peft.errors import ConfigError, did_you_mean
-from lightning_peft.interfaces import Named
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which token goes to which expert, as a flat list of slots: one slot is one token at one expert."""
-
-    tokens: Tensor
-    """Token of each slot (slots,), int64."""
-    experts: Tensor
-    """Expert of each slot (slots,), int64."""
-    weights: Tensor
-    """Combine weight of each slot (slots,), float32, differentiable; zero where ``valid`` is false."""
-    logits: Tensor
-    """What the router said (n, experts), float32."""
-    probabilities: Tensor
-    """Its distribution over all experts (n, experts), float32; each row sums to one."""
-    k: int | None
-    """Slot i * k + j is choice j of token i, for every token; None where slots are in another order."""
-    valid: Tensor | None = None
-    """Which slots count (slots,), bool; None for all. The others belong to padding, or to nobody."""
-
-    @property
-    def num_experts(self) -> int:
-        """How many experts there are."""
-        return self.logits.shape[-1]
-
-    def expert_counts(self) -> Tensor:
-        """Return how many slots that count each expert has (experts,), int64."""
-        return _count(self.experts, self.valid, self.num_experts)
-
-    def token_counts(self) -> Tensor:
-        """Return how many slots that count each token has (n,), int64; zero for a token that no expert chose."""
-        return _count(self.tokens, self.valid, len(self.logits))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Router(Named, ABC):
-    """A rule that turns the logits of a router into an :class:`Assignment`.
-
-    A subclass is a ``@dataclass(frozen=True, kw_only=True)`` whose fields are its hyperparameters.
-    """
-
-    causal: ClassVar[bool]
-    """What a token gets depends on that token alone, so that later tokens cannot change what earlier ones got."""
-
-    @abstractmethod
-    def route(
-        self,
-        logits: Tensor,
-        *,
-        mask: Tensor | None = None,
-        shape: tuple[int, int] | None = None,
-        training: bool = False,
-    ) -> Assignment:
-        """Assign tokens to experts.
-
-        Args:
-            logits: what the router says (n, experts).
-            mask: which tokens are real (n,), bool; False is padding, which gets no weight. None for all.
-            shape: (batch, sequence) of the n tokens, where somebody knows.
-            training: whether the model trains; noise is drawn only then.
-        """
-
-    def check(self, experts: int) -> None:
-        """Refuse hyperparameters that do not go with that many ``experts``.
-
-        Raises:
-            ConfigError: they do not.
-        """
+from lightning_peft.errors import ConfigError
+from lightning_peft.routers import Assignment as Assignment
+from lightning_peft.routers import Router as Router
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKRouter(Router):
     """Each token takes its ``top_k`` likeliest experts."""
 
-    name: ClassVar[str] = "top_k"
+    name: ClassVar[str] = "topk"
     causal: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
+    keeps_parts_together: ClassVar[bool] = True
 
     top_k: int = 2
     """Experts that each token goes to."""
@@ -113,6 +46,15 @@ class TopKRouter(Router):
 
     def __post_init__(self) -> None:
         _check_top_k(self, self.top_k, self.combine, ("renorm", "softmax", "straight_through"))
+
+    @property
+    @override
+    def normalized(self) -> bool:
+        return self.combine == "renorm"
+
+    @override
+    def undecided_scale(self, experts: int) -> float:
+        return experts / self.top_k if self.combine == "softmax" else 1.0
 
     @override
     def check(self, experts: int) -> None:
@@ -144,7 +86,8 @@ class NoisyTopKRouter(TopKRouter):
     The losses see the logits without noise.
     """
 
-    name: ClassVar[str] = "noisy_top_k"
+    name: ClassVar[str] = "noisy_topk"
+    keeps_parts_together: ClassVar[bool] = False
 
     noise: float = 1.0
     """Standard deviation of the noise, times the number of experts."""
@@ -185,6 +128,8 @@ class SigmoidRouter(Router):
 
     name: ClassVar[str] = "sigmoid"
     causal: ClassVar[bool] = True
+    uniform: ClassVar[bool] = True
+    keeps_parts_together: ClassVar[bool] = True
 
     top_k: int = 2
     """Experts that each token goes to."""
@@ -193,6 +138,22 @@ class SigmoidRouter(Router):
 
     def __post_init__(self) -> None:
         _check_top_k(self, self.top_k, self.combine, ("renorm", "sigmoid", "straight_through"))
+
+    @classmethod
+    @override
+    def with_shared(cls, shared: Mapping[str, Any], own: Mapping[str, Any]) -> Self:
+        if shared.get("combine") == "softmax":  # scores as they are
+            shared = {**shared, "combine": "sigmoid"}
+        return super().with_shared(shared, own)
+
+    @property
+    @override
+    def normalized(self) -> bool:
+        return self.combine == "renorm"
+
+    @override
+    def undecided_scale(self, experts: int) -> float:
+        return 2 / self.top_k if self.combine == "sigmoid" else 1.0  # each is one half at first
 
     @override
     def check(self, experts: int) -> None:
@@ -222,7 +183,7 @@ class ExpertChoiceRouter(Router):
     """
 
     name: ClassVar[str] = "expert_choice"
-    causal: ClassVar[bool] = False
+    balanced: ClassVar[bool] = True
 
     capacity: float = 2.0
     """Experts that a token goes to on average: an expert takes ceil(capacity * n / experts) of the n tokens of a group."""
@@ -242,6 +203,16 @@ class ExpertChoiceRouter(Router):
             raise ConfigError(
                 f"{type(self).__name__} group must be 'batch', 'sequence' or a positive number of tokens, got {self.group!r}"
             )
+
+    @property
+    @override
+    def acts_on_rows(self) -> bool:
+        return self.group == "sequence"
+
+    @property
+    @override
+    def experts_per_token(self) -> float:
+        return self.capacity
 
     @override
     def check(self, experts: int) -> None:
@@ -335,11 +306,6 @@ def _expert_choice_weights(p: Tensor, tokens: Tensor, experts: Tensor, valid: Te
     return torch.where(valid, weights, 0.0)
 
 
-def _count(places: Tensor, valid: Tensor | None, size: int) -> Tensor:
-    ones = torch.ones_like(places) if valid is None else valid.to(places.dtype)
-    return torch.zeros(size, dtype=places.dtype, device=places.device).index_add(0, places, ones)
-
-
 def _check_top_k(router: Router, top_k: int, combine: str, choices: Sequence[str]) -> None:
     kind = type(router).__name__
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
@@ -358,28 +324,3 @@ def _check_experts(router: Router, top_k: int, experts: int) -> None:
         raise ConfigError(
             f"{type(router).__name__} top_k={top_k!r} asks for more than the {experts} experts there are; choose at most {experts}"
         )
-
-
-ROUTERS: Mapping[str, type[Router]] = {
-    kind.name: kind for kind in (TopKRouter, NoisyTopKRouter, SigmoidRouter, ExpertChoiceRouter)
-}
-"""The routers of the library by name."""
-
-
-def router_named(name: str, config: Mapping[str, Any] | None = None) -> Router:
-    """Return the router of that ``name`` with the fields of ``config``.
-
-    A router of your own needs no name: what takes a :class:`Router` takes any subclass.
-
-    Raises:
-        ConfigError: there is none, or a field is out of its range.
-        AdapterConfigError: it does not have one of the fields.
-
-    Example:
-        >>> router_named("expert_choice", {"capacity": 1.5})
-        ExpertChoiceRouter(capacity=1.5, group='batch', combine='renorm')
-    """
-    if name not in ROUTERS:
-        hint = did_you_mean(name, ROUTERS) or "."
-        raise ConfigError(f"there is no router {name!r}{hint} The routers are: {', '.join(ROUTERS)}")
-    return ROUTERS[name].from_config(config or {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_peft.moe.routing import Assignment
+from lightning_peft.routers import Assignment
 
 
 @dataclass(frozen=True)

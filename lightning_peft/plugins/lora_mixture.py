@@ -19,7 +19,7 @@ fresh mixture is the layer bit for bit; until B moves, the router has no gradien
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,10 +29,18 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
+from lightning_peft.moe.feed_forward import MLPs
 from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
+from lightning_peft.moe.padding import MaskReader, mask_argument, read_note
 from lightning_peft.targets import is_conv1d_linear, is_linear
+
+
+@dataclass(frozen=True)
+class _Place(Target):
+    """The attention of a block, or a layer in it or behind it, which attention tells what is padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,10 @@ class LoRAMixture(MixtureMethod):
     """
 
     name: ClassVar[str] = "lora_mixture"
+    merge_refusal: ClassVar[str] = (
+        "a mixture, whose update differs from token to token, and no exporter writes it; keep it as an adapter folder, "
+        "save_adapter(model, folder), or train LoRA where the result has to be merged"
+    )
 
     choices = {**MixtureMethod.choices, "routing": ("top_k", "soft")}  # noqa: RUF012
 
@@ -85,13 +97,33 @@ class LoRAMixture(MixtureMethod):
         return is_linear(module)
 
     @override
+    def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:
+        """Add the self-attention of each block, which is told what is padding and tells the layers in it and behind it."""
+        mlps = MLPs(model, family)
+        readers: dict[str, _Place] = {}
+        places: list[Target] = []
+        for target in targets:
+            attention = mlps.attention(target.path)
+            inside = [path for path in mlps.by_role["attention"] if target.path.startswith(f"{path}.")]
+            # Keys and values of attention to an encoder are of other tokens.
+            if attention is None or mask_argument(mlps.modules[attention]) is None or inside not in ([], [attention]):
+                places.append(target)
+                continue
+            readers.setdefault(attention, _Place(path=attention))
+            places.append(_Place(path=target.path, slices=target.slices, rule=target.rule))
+        return [*places, *readers.values()]
+
+    @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        noted = isinstance(target, _Place)
+        if noted and not is_linear(module):
+            return MaskReader(module)
         if target.slices:
             raise TargetError(
                 f"LoRAMixture was asked for {', '.join(part.role for part in target.slices)}, a slice of {target.path!r}, and adapts "
                 "whole layers; name the layer itself"
             )
-        return LowRankLinearExperts(self, module)
+        return LowRankLinearExperts(self, module, noted=noted)
 
 
 class LowRankLinearExperts(MixtureAdapter):
@@ -100,14 +132,16 @@ class LowRankLinearExperts(MixtureAdapter):
     Args:
         method: the hyperparameters at this place.
         module: the layer.
+        noted: whether the attention of its block notes what is padding.
     """
 
-    def __init__(self, method: LoRAMixture, module: nn.Module) -> None:
+    def __init__(self, method: LoRAMixture, module: nn.Module, *, noted: bool = False) -> None:
         weight = module.weight
         assert isinstance(weight, Tensor)
         widths = weight.shape if is_conv1d_linear(module) else (module.in_features, module.out_features)
         self.in_features, self.out_features = (int(width) for width in widths)  # type: ignore[arg-type]
         super().__init__(method, weight, self.in_features)
+        self.noted = noted
         self.new_pair("", self.in_features, self.out_features)
 
     @property
@@ -130,7 +164,8 @@ class LowRankLinearExperts(MixtureAdapter):
 
     def gates(self, x: Tensor) -> Tensor:
         """X (n, in) -> the weight of each expert for each token (n, experts), in float32."""
-        assignment = self.assign(x, None)
+        grid = read_note(len(x)) if self.noted else None
+        assignment = self.assign(x, grid.mask if grid is not None else None)
         weights, chosen = (part.view(len(x), -1) for part in (assignment.weights, assignment.experts))
         return torch.zeros_like(assignment.logits).scatter(1, chosen, weights)
 

@@ -38,8 +38,8 @@ from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
 from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.moe.padding import MaskReader, mask_argument, take_note
-from lightning_peft.moe.routing import Assignment
 from lightning_peft.quantized_layers import dense_weight
+from lightning_peft.routers import Assignment
 
 _READER = "padding"
 
@@ -58,6 +58,11 @@ class MixLoRA(MixtureMethod):
 
     name: ClassVar[str] = "mix_lora"
     default_targets: ClassVar[tuple[str, ...]] = ("mlp",)
+    merge_refusal: ClassVar[str] = (
+        "a mixture, whose update differs from token to token; write the whole model with the exporter 'mixtral', an HF PEFT adapter with "
+        "'mixtral_peft', or keep the mixture as an adapter folder: save_adapter(model, folder)"
+    )
+    normalized_weights: ClassVar[bool] = True
     choices = {**MixtureMethod.choices, "implementation": ("auto", "segments", "wide")}  # noqa: RUF012
 
     rank: int = 16

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -32,10 +32,10 @@ from lightning_peft.moe.feed_forward import FeedForward, MLPs, every_other, last
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.mixture import MixtureOfExperts
 from lightning_peft.moe.padding import Bypass, MaskReader, MaskReadingCopies, mask_argument
-from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, Router, SigmoidRouter, TopKRouter
+from lightning_peft.moe.router_choice import check_router_fields, router_named
+from lightning_peft.routers import Router
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "router": ("topk", "expert_choice", "sigmoid", "noisy_topk"),
     "combine": ("renorm", "softmax", "straight_through"),
     "weight_scale": ("auto", "spread", "none"),
     "group": ("batch", "sequence"),
@@ -45,6 +45,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "implementation": ("auto", "unbind", "grouped_mm"),
     "dtype": ("float32", "base"),
 }
+_SHARED = ("top_k", "combine", "noise", "capacity", "group")
+"""Fields that are handed to any router that has a field of that name."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,20 @@ class MoEUpcycling(Method):
     identity_at_init: ClassVar[bool] = False
     row_routable: ClassVar[bool] = True
     composable: ClassVar[bool] = False
-    merge_refusal: ClassVar[str] = "a mixture of experts, which no single MLP can stand for"
+    merge_refusal: ClassVar[str] = (
+        "a mixture of experts, which no single MLP can stand for; write the whole model with the exporter 'transformers_moe' (Mixtral, Qwen2Moe, "
+        "Qwen3Moe) or 'mixtral', or keep the mixture as an adapter folder: save_adapter(model, folder)"
+    )
 
     experts: int = 8
     """Copies of the MLP, E in the papers."""
     top_k: int = 2
     """Experts that each token goes to; with granularity, a multiple of it. Not used by expert_choice."""
-    router: Literal["topk", "expert_choice", "sigmoid", "noisy_topk"] = "topk"
-    """How tokens and experts find each other: tokens choose experts (by softmax, sigmoid, or with learned noise), or experts tokens."""
+    router: str = "topk"
+    """How tokens and experts find each other, by the name of a registered router: tokens choose experts (topk: by softmax, sigmoid,
+    noisy_topk: with noise), or experts tokens (expert_choice)."""
+    router_fields: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the router itself. top_k, combine, noise, capacity and group go to a router that has such fields anyway."""
     combine: Literal["renorm", "softmax", "straight_through"] = "renorm"
     """How probabilities become weights: those of a token sum to one, as they are, or with the gradient of the latter and the value of the former."""
     weight_scale: float | Literal["auto", "spread", "none"] = "auto"
@@ -144,41 +152,32 @@ class MoEUpcycling(Method):
             )
         if not isinstance(self.allow_noncausal, bool):
             raise ConfigError(f"{kind} allow_noncausal must be true or false, got {self.allow_noncausal!r}")
-        if self.granularity > 1 and (self.router not in ("topk", "sigmoid") or self.top_k % self.granularity):
+        check_router_fields(self, self.router, self.router_fields)
+        rule = self.make_router()
+        if self.granularity > 1 and (not rule.keeps_parts_together or rule.experts_per_token % self.granularity):
             raise ConfigError(
                 f"{kind} granularity={self.granularity} needs a router that chooses all parts of a copy together: top_k must be a multiple of "
-                f"it, and the tokens must choose; got top_k={self.top_k}, router={self.router!r}"
+                f"it, and the tokens must choose; got {rule!r}, the router {self.router!r}"
             )
         if self.granularity > 1 and not self.router_std:
             raise ConfigError(
                 f"{kind} granularity={self.granularity} needs router_std > 0: a router of zeros cannot tell the copies apart"
             )
-        self.make_router().check(self.experts * self.granularity)
-        object.__setattr__(self, "row_routable", self.router != "expert_choice" or self.group == "sequence")
+        rule.check(self.experts * self.granularity)
+        object.__setattr__(self, "row_routable", rule.acts_on_rows)
 
     def make_router(self) -> Router:
         """Return the rule that assigns tokens to experts."""
-        combine: Any = self.combine
-        if self.router == "expert_choice":
-            return ExpertChoiceRouter(capacity=self.capacity, group=self.group, combine=combine)
-        if self.router == "sigmoid":
-            return SigmoidRouter(top_k=self.top_k, combine="sigmoid" if combine == "softmax" else combine)
-        if self.router == "noisy_topk":
-            return NoisyTopKRouter(top_k=self.top_k, combine=combine, noise=self.noise)
-        return TopKRouter(top_k=self.top_k, combine=combine)
+        return router_named(self.router, self.router_fields, {name: getattr(self, name) for name in _SHARED})
 
     def scales(self) -> tuple[float, float, bool]:
         """Return the factor of the output, that of its last bias, and whether the former goes to every matrix."""
         if not isinstance(self.weight_scale, str):
             return self.weight_scale, self.weight_scale / self.granularity, False
-        if self.weight_scale == "none" or self.router == "expert_choice":
+        if self.weight_scale == "none":
             return 1.0, 1.0, False
-        if self.combine != "softmax":  # the weights of a token sum to one, over the G parts of each copy
-            bias = 1.0
-        elif self.router == "sigmoid":  # each is one half at first
-            bias = 2 / self.top_k
-        else:  # each is 1 / (E G) at first
-            bias = self.experts * self.granularity / self.top_k
+        # The parts of a copy are chosen together, and the weights of all of them make up for those of one.
+        bias = self.make_router().undecided_scale(self.experts * self.granularity)
         return bias * self.granularity, bias, self.weight_scale == "spread"
 
     # -- the contract ----------------------------------------------------------------------------------------------

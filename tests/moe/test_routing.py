@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from lightning_peft.errors import ConfigError
-from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, SigmoidRouter, TopKRouter, router_named
+from lightning_peft.errors import ConfigError, UnknownNameError
+from lightning_peft.moe.router_choice import router_named
+from lightning_peft.moe.routing import ExpertChoiceRouter, NoisyTopKRouter, SigmoidRouter, TopKRouter
 
 
 def some_logits(n, experts, seed=0):
@@ -232,6 +233,38 @@ def test_a_router_can_be_written_down_and_read_again(kind):
 
 def test_an_unknown_router_is_refused_with_the_nearest_name():
     with pytest.raises(
-        ConfigError, match="there is no router 'topk'; did you mean 'top_k'. The routers are: top_k, noisy_top_k"
+        UnknownNameError, match="unknown router 'top_k'; did you mean 'topk'.* Registered: expert_choice, noisy_topk"
     ):
-        router_named("topk")
+        router_named("top_k")
+
+
+def test_an_unknown_field_of_a_router_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        ConfigError,
+        match="the router 'topk' has no field 'topk'; did you mean 'top_k'.* Its fields are: top_k, combine",
+    ):
+        router_named("topk", {"topk": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sums_to", "scale"),
+    [
+        ("topk", {}, 1.0, 1.0),
+        ("topk", {"combine": "softmax"}, 2 / 8, 4.0),
+        ("topk", {"combine": "straight_through"}, 1.0, 1.0),
+        ("noisy_topk", {"combine": "softmax"}, 2 / 8, 4.0),
+        ("sigmoid", {"combine": "softmax"}, 1.0, 1.0),
+        ("sigmoid", {"combine": "softmax", "top_k": 3}, 1.5, 2 / 3),
+        ("sigmoid", {}, 1.0, 1.0),
+    ],
+)
+def test_what_a_router_says_of_its_weights_is_so(name, fields, sums_to, scale):
+    router = router_named(name, {}, {"capacity": 1.0, **fields})
+    logits = torch.zeros(5, 8, requires_grad=True)
+    assignment = router.route(logits)
+    assert assignment.weights.view(5, -1).sum(1).tolist() == pytest.approx([sums_to] * 5)
+    assert router.undecided_scale(8) == pytest.approx(scale) == pytest.approx(1 / sums_to)
+    assert assignment.k == router.experts_per_token
+    assert router.uniform
+    (gradient,) = torch.autograd.grad(assignment.weights.sum(), logits)
+    assert router.normalized == (float(gradient.abs().max()) < 1e-7)

@@ -57,8 +57,8 @@ def test_one_expert_that_gets_every_token_is_lora():
     inject(model, LoRAMixture(experts=1, rank=4, alpha=8.0, routing="soft"), "up_proj")
     inject(lora, LoRA(rank=4, alpha=8.0), "up_proj")
     with torch.no_grad():
-        for layer, other in zip(adapter_layers(model).values(), adapter_layers(lora).values(), strict=True):
-            own, plain = layer.adapters["default"], other.adapters["default"]
+        for path, other in adapter_layers(lora).items():
+            own, plain = adapter_layers(model)[path].adapters["default"], other.adapters["default"]
             plain.lora_B.normal_()
             own.lora_A[0].copy_(plain.lora_A)
             own.lora_B[0].copy_(plain.lora_B)
@@ -129,11 +129,13 @@ def test_a_monitor_can_listen(fields, total):
 def test_experts_may_differ_from_layer_to_layer():
     model = tiny_llama()
     inject(model, LoRAMixture(experts=4, rank=2, experts_pattern={"layers.1.*": 6}), "up")
-    assert [layer.adapters["default"].num_experts for layer in adapter_layers(model).values()] == [4, 6]
+    counts = [getattr(layer.adapters["default"], "num_experts", None) for layer in adapter_layers(model).values()]
+    assert [count for count in counts if count is not None] == [4, 6]
     assert trainable_summary(model).trainable == (4 + 6) * (2 * (64 + 128) + 64)
     deep = tiny_llama(num_hidden_layers=4)
     inject(deep, LoRAMixture.mola(4, rank=2), "down")
-    assert [layer.adapters["default"].num_experts for layer in adapter_layers(deep).values()] == [2, 4, 6, 8]
+    downs = [layer.adapters["default"] for path, layer in adapter_layers(deep).items() if path.endswith("down_proj")]
+    assert [one.num_experts for one in downs] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("method", [LoRAMixture(experts=4), LoRAMixture.loramoe()])

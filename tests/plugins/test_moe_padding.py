@@ -64,7 +64,14 @@ def test_the_mask_of_every_kind_of_attention_is_read():
         assert torch.equal(real_tokens(mask, (2, 3)), real.flatten())
     assert torch.equal(real_tokens(~real, (2, 3), inverted=True), real.flatten())
     assert torch.equal(real_tokens(causal[None, None], (2, 3)), torch.ones(6, dtype=torch.bool))
-    assert real_tokens(four[:, :, 2:], (2, 1)) is None  # one more token, over a cache
+    assert real_tokens(four[:, :, 2:], (2, 1)) is None  # one more token, over a cache of unknown length
+    room = torch.nn.functional.pad(four, (0, 4))  # a static cache: keys of tokens that are still to come
+    for start in (0, torch.tensor(0)):
+        assert torch.equal(real_tokens(room, (2, 3), start=start), real.flatten())
+        assert torch.equal(real_tokens(room[:, :, :1], (2, 1), start=start), real[:, 0])
+        assert torch.equal(real_tokens(four[:, :, 2:], (2, 1), start=start + 2), real[:, 2])
+        assert torch.equal(real_tokens(real.long(), (2, 2), start=start + 1), real[:, 1:].flatten())
+    assert real_tokens(four[:, :, 2:], (2, 1), start=3) is None
     assert real_tokens(None, (2, 3)) is None
 
 
@@ -92,3 +99,27 @@ def test_decoding_with_a_cache_is_teacher_forcing():
             cache = output.past_key_values
             steps.append(output.logits)
         assert apart(torch.cat(steps, dim=1), model(input_ids=ids).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("router", ["topk", "expert_choice"])
+def test_a_padded_batch_generates_the_same_over_any_cache(router, attention):
+    """Over a static cache the keys are more than the tokens from the start; what is padding is known all the same."""
+    model = tiny_llama(use_cache=True, attn_implementation=attention)
+    upcycled(model, experts=4, expert_noise=0.1, router=router, allow_noncausal=True)
+    found, seen = mixture(model.eval()), []
+    found.assign = lambda *args, bound=found.assign: seen.append(args[1]) or bound(*args)
+    ids = token_batch(length=8)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    fixed = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
+    runs = []
+    for cache in ({}, {"cache_implementation": "static"}):
+        run = model.generate(
+            input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **fixed, **cache
+        )
+        runs.append((run.sequences, torch.stack(run.logits, dim=1)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert apart(runs[1][1], runs[0][1]) <= 1e-6
+    steps = [1 if noted is None else noted.int().tolist() for noted in seen]
+    assert steps[:4] == steps[4:] == [mask.flatten().tolist(), *[[1] * len(ids)] * 3]
