@@ -25,6 +25,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_peft.adapter_formats import AdapterFormat
     from lightning_peft.families import ModelFamily
     from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
 
@@ -59,6 +60,11 @@ def register_eval_tasks() -> Iterable[type[EvalTask]]:  # type: ignore[empty-bod
 @hookspec
 def register_exporters() -> Iterable[type[Exporter]]:  # type: ignore[empty-body]
     """Return the exporters of this plugin, as classes."""
+
+
+@hookspec
+def register_adapter_formats() -> Iterable[type[AdapterFormat]]:  # type: ignore[empty-body]
+    """Return the formats of adapters of other software that this plugin reads, as classes."""
 
 
 @hookspec(firstresult=True)

@@ -47,7 +47,7 @@ def example():
 
 
 def test_the_hooks_are_found():
-    assert len(HOOKS) == 6
+    assert len(HOOKS) == 7
 
 
 @pytest.mark.parametrize("hook", HOOKS)
