@@ -105,7 +105,7 @@ def _is_ours(page: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     found = _MARK.search(text)
-    return bool(found) and hashlib.sha256(text[: found.start()].encode()).hexdigest()[:16] == found[1]  # type: ignore[union-attr]
+    return found is not None and hashlib.sha256(text[: found.start()].encode()).hexdigest()[:16] == found[1]
 
 
 def _facts_table(injection: Injection, own: Mapping[str, Any], trained: int, facts: CardFacts) -> str:

@@ -127,7 +127,21 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
     files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
     if injection.method.peft_type:
         files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
-    config = {
+    config = _own_config(
+        model, injection, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    )
+    for file, content in files.items():
+        write_file(folder / file, content)
+    pretrained = type(model).__module__.partition(".")[0] == "transformers"
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    write_card(folder, injection, config, numbers, replace(facts or CardFacts(), pretrained=pretrained))
+    write_file(folder / OWN_CONFIG, to_json_bytes(config))
+    return folder
+
+
+def _own_config(model: nn.Module, injection: Injection, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of ``lightning_peft.json``; ``hashes`` are those of the other two files."""
+    return {
         "format_version": FORMAT_VERSION,
         "method": {"name": injection.method.name, "fields": injection.method.to_config()},
         "family": injection.family,
@@ -137,19 +151,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
         "base": _base(model, injection),
-        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        "files": dict(hashes),
         "versions": {
             "python": platform.python_version(),
             **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
         },
     }
-    for file, content in files.items():
-        write_file(folder / file, content)
-    pretrained = type(model).__module__.partition(".")[0] == "transformers"
-    numbers = sum(tensor.numel() for tensor in tensors.values())
-    write_card(folder, injection, config, numbers, replace(facts or CardFacts(), pretrained=pretrained))
-    write_file(folder / OWN_CONFIG, to_json_bytes(config))
-    return folder
 
 
 def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from torch import Tensor, nn
 from typing_extensions import override
@@ -161,9 +162,8 @@ def _split(
             "another base, or others of the three"
         )
     found_tensors: dict[str, Tensor] = {}
-    for (place, _), rows, columns in zip(
-        chosen, down.split(rank), up.split([width for _, width in chosen]), strict=True
-    ):
+    downs, ups = torch.split(down, rank), torch.split(up, [width for _, width in chosen])
+    for (place, _), rows, columns in zip(chosen, downs, ups, strict=True):
         found_tensors |= {f"{place}.lora_A.weight": rows, f"{place}.lora_B.weight": columns}
     return found_tensors
 

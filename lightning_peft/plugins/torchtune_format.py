@@ -140,7 +140,7 @@ def _check_targets(file: Path, names: Any, tensors: Mapping[str, Tensor]) -> Non
     }
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise AdapterConfigError(f"target_modules of {HF_CONFIG} must be a list of names, got {names!r}")
-    wanted = {short.get(name, name) for name in names}
+    wanted = {str(short.get(name, name)) for name in names}
     found = {re.sub(r"\.lora_.*$", "", name).rpartition(".")[2] for name in tensors}
     if wanted != found:
         raise AdapterMismatchError(
