@@ -149,16 +149,17 @@ class LoralibFile(AdapterFormat):
             return {f"{place}.lora_embedding_A": A, f"{place}.lora_embedding_B": B}, ()
         rank, rows = int(B.shape[1]), int(B.shape[0])
         parts = A.shape[0] // rank if rank else 0
-        if (
-            parts <= 1 or A.shape[0] != parts * rank
-        ):  # not fused, or not as it should be, which the comparison with the model tells
-            return {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}, ()
         out = _out_features(module)
+        whole = parts == 1 and (rows == out or rows > out or out % rows)
+        if (
+            whole or not parts or A.shape[0] != parts * rank
+        ):  # if that is not as it should be, the comparison with the model tells
+            return {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}, ()
         enabled = list(self.enable_lora or ([True] * parts if rows == out else ()))
         width = out // len(enabled) if enabled else 0
         if sum(enabled) != parts or width * parts != rows or width * len(enabled) != out:
             raise AdapterMismatchError(
-                f"{str(path)!r}: {place!r} holds {parts} updates of rank {rank} for {rows} of {out} output features, so it is a MergedLinear; "
+                f"{str(path)!r}: {place!r} holds {parts} updates of rank {rank} for {rows} of {out} output features, so it is a MergedLinear, or of another base; "
                 f"enable_lora={self.enable_lora!r} does not say which parts these are. Give it as in training, such as [True, False, True]"
             )
         chosen = [index for index, on in enumerate(enabled) if on]
