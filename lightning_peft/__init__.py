@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lightning_peft.activation import adapters_disabled as adapters_disabled
     from lightning_peft.activation import drop_adapters as drop_adapters
     from lightning_peft.activation import set_active_adapters as set_active_adapters
+    from lightning_peft.adapter_formats import AdapterFormat as AdapterFormat
+    from lightning_peft.adapter_formats import ForeignAdapter as ForeignAdapter
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
     from lightning_peft.adapter_layer import adapter_names as adapter_names
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
+    from lightning_peft.model_card import CardFacts as CardFacts
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
@@ -58,12 +61,14 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.eva import EVA as EVA
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
+    from lightning_peft.plugins.litgpt_format import LitGPTFile as LitGPTFile
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
     from lightning_peft.plugins.lora_ga import LoRAGA as LoRAGA
     from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
+    from lightning_peft.plugins.loralib_format import LoralibFile as LoralibFile
     from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
     from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
@@ -77,6 +82,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.plugins.quantizers import Int8 as Int8
     from lightning_peft.plugins.top_layers import TopLayers as TopLayers
+    from lightning_peft.plugins.torchtune_format import TorchtuneFile as TorchtuneFile
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
     from lightning_peft.registry import get_registry as get_registry
@@ -100,10 +106,12 @@ _HOME = {
     "Adaptation": "composition",
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
+    "AdapterFormat": "adapter_formats",
     "AdapterLayer": "adapter_layer",
     "Assignment": "routers",
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
+    "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
@@ -111,10 +119,12 @@ _HOME = {
     "EvalTask": "interfaces",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
+    "ForeignAdapter": "adapter_formats",
     "FullFineTuning": "plugins.full",
     "Fused": "families",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
+    "LitGPTFile": "plugins.litgpt_format",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LoRA": "plugins.lora",
@@ -123,6 +133,7 @@ _HOME = {
     "LoRAMixture": "plugins.lora_mixture",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
+    "LoralibFile": "plugins.loralib_format",
     "Method": "interfaces",
     "MixLoRA": "plugins.mix_lora",
     "MoEUpcycling": "plugins.moe_upcycling",
@@ -151,6 +162,7 @@ _HOME = {
     "Targets": "targets",
     "TextDataModule": "data",
     "TopLayers": "plugins.top_layers",
+    "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",
     "VeRA": "plugins.vera",
     "active_adapters": "activation",

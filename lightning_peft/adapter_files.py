@@ -13,19 +13,20 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from lightning_peft.errors import AdapterConfigError, AdapterFileError, UnknownNameError
-from lightning_peft.interfaces import Method
+from lightning_peft.interfaces import Method, Slice
 from lightning_peft.registry import get_registry
+from lightning_peft.weight_files import parse_safetensors, read_tensors
 
 WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+PICKLED_WEIGHTS = "adapter_model.bin"
+"""What HF PEFT writes under ``safe_serialization=False``, and wrote before it had safetensors."""
 FORMAT_VERSION = 1
 
 
@@ -43,6 +44,10 @@ class AdapterFolder:
     """The content of ``lightning_peft.json``; None for a folder written by HF PEFT."""
     hf: Mapping[str, Any] | None
     """The content of ``adapter_config.json``; None for a method that HF PEFT does not know."""
+    weights: Path
+    """The file of the tensors, for messages."""
+    slices: Mapping[str, tuple[Slice, ...]] = field(default_factory=dict)
+    """Path of a fused projection to its adapted slices, where a file of other software has such; ours says so itself."""
 
     @property
     def saved_names(self) -> list[str]:
@@ -58,7 +63,7 @@ class AdapterFolder:
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
-    """Read an adapter folder, ours or HF PEFT's. Nothing is unpickled and no class named in a file is imported.
+    """Read an adapter folder, ours or HF PEFT's. No code in a file is run and no class named in one is imported.
 
     Raises:
         AdapterFileError: a file is missing or cannot be read, or was changed since the folder was written.
@@ -69,8 +74,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterFileError(
             f"{str(folder)!r} is not a folder; an adapter folder holds {HF_CONFIG} or {OWN_CONFIG}, and {WEIGHTS}"
         )
-    own = _read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
-    hf = _read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
+    hf = read_json(folder / HF_CONFIG) if (folder / HF_CONFIG).exists() else None
     if own is None and hf is None:
         if inner := inner_adapters(folder):
             raise AdapterFileError(
@@ -80,22 +85,23 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterFileError(
             f"{str(folder)!r} has neither {OWN_CONFIG} nor {HF_CONFIG}: it holds {sorted(p.name for p in folder.iterdir())[:10]}"
         )
-    if not (folder / WEIGHTS).is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which is never loaded; convert it to safetensors)"
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise AdapterFileError(f"{str(folder)!r} has no {WEIGHTS}{pickled}")
-    content = (folder / WEIGHTS).read_bytes()
-    if own is not None:
-        _verify(folder, own, content)
-    try:
-        stored = safetensors.torch.load(content)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise AdapterFileError(f"{str(folder / WEIGHTS)!r} is not a readable safetensors file: {error}") from error
+    file = weights_file(folder)
+    if file is None or (own is not None and file.name != WEIGHTS):
+        raise AdapterFileError(f"{str(folder)!r} has no {WEIGHTS}")
+    if file.name == WEIGHTS:
+        content = file.read_bytes()
+        if own is not None:
+            _verify(folder, own, content)
+        stored = parse_safetensors(content, file)
+    else:
+        stored = read_tensors(file)
     method = _own_method(folder, own) if own is not None else _hf_method(folder, hf or {})
-    return AdapterFolder(path=folder, method=method, tensors=stored, own=own, hf=hf)
+    return AdapterFolder(path=folder, method=method, tensors=stored, own=own, hf=hf, weights=file)
+
+
+def weights_file(folder: Path) -> Path | None:
+    """Return the file in an adapter folder that holds the tensors; None where there is none."""
+    return next((folder / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (folder / name).is_file()), None)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -167,7 +173,7 @@ def _hf_method(folder: Path, hf: Mapping[str, Any]) -> Method:
         raise AdapterConfigError(f"{str(folder / HF_CONFIG)!r}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object; duplicate keys, NaN and anything but an object are errors."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

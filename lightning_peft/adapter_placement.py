@@ -11,7 +11,6 @@ from lightning_peft import fingerprint as fp
 from lightning_peft.adapter_files import (
     HF_CONFIG,
     OWN_CONFIG,
-    WEIGHTS,
     AdapterFolder,
 )
 from lightning_peft.adapter_layer import (
@@ -42,7 +41,7 @@ def check_shared(model: nn.Module, folder: AdapterFolder, name: str, tensors: Ma
         for key, value in adapter.export_state().items() if adapter.tied_parameters else ():
             if not torch.equal(value, tensors[f"{place}.{key}"].to(value)):
                 raise AdapterMismatchError(
-                    f"{str(folder.path / WEIGHTS)!r} has values of {place}.{key} other than those of the module that shares this weight; "
+                    f"{str(folder.weights)!r} has values of {place}.{key} other than those of the module that shares this weight; "
                     "with tied weights they are one tensor"
                 )
 
@@ -96,7 +95,7 @@ def placed_tensors(
     try:
         return folder.method.placed_tensors(model, own), copies
     except AdapterMismatchError as error:
-        raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}: {error}") from error
+        raise AdapterMismatchError(f"{str(folder.weights)!r}: {error}") from error
 
 
 def shapes_at(place: str, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -128,12 +127,12 @@ def placed(
         place = next((p for n in range(len(parts) - 1, 0, -1) if (p := ".".join(parts[:n])) in modules), None)
         if place is None:
             raise AdapterMismatchError(
-                f"{str(folder.path / WEIGHTS)!r} has {key!r}, but {type(model).__name__} has no module for it: wrong base?"
+                f"{str(folder.weights)!r} has {key!r}, but {type(model).__name__} has no module for it: wrong base?"
             )
         places.setdefault(place, set()).add(key[len(place) + 1 :])
     # A place where the file holds only parameters of the base (a bias, or worse) is not a target.
     targets = tuple(
-        Target(path=place, rule=HF_CONFIG)
+        Target(path=place, rule=HF_CONFIG, slices=folder.slices.get(place, ()))
         for place in modules
         if place in places and not places[place] <= set(dict(modules[place].named_parameters(recurse=False)))
     )
@@ -155,7 +154,7 @@ def _check_hf_targets(
     names = hf.get("target_modules") or ([] if parameters else hf.get("target_modules"))
     if not places:
         raise AdapterMismatchError(
-            f"{str(folder.path / WEIGHTS)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
+            f"{str(folder.weights)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
         )
     if not isinstance(names, list) or hf.get("layers_to_transform") is not None or hf.get("exclude_modules"):
         return  # a regular expression from a file is never run; the tensors alone say where they belong
@@ -173,7 +172,7 @@ def _check_hf_targets(
         extra = sorted(set(extra) - {target.path for target in method.expand(model, asked, family)})
     if missing or extra:
         raise AdapterMismatchError(
-            f"{str(folder.path)!r}: target_modules {[*names, *parameters]} of {HF_CONFIG} and the tensors of {WEIGHTS} do not agree. "
+            f"{str(folder.path)!r}: target_modules {[*names, *parameters]} of {HF_CONFIG} and the tensors of {folder.weights.name} do not agree. "
             f"Modules without tensors: {missing[:5]} ({len(missing)}); tensors for other modules: {extra[:5]} ({len(extra)})"
         )
 
@@ -187,7 +186,7 @@ def without_base_copies(model: nn.Module, folder: AdapterFolder, tensors: dict[s
             stored, weight = tensors.pop(key), layer.base_layer.get_parameter("weight").detach()
             if stored.shape != weight.shape or not torch.equal(stored.to(weight), weight):
                 raise BaseMismatchError(
-                    f"{str(folder.path / WEIGHTS)!r} holds {key!r}, which would overwrite the base: it differs from the weight of this model"
+                    f"{str(folder.weights)!r} holds {key!r}, which would overwrite the base: it differs from the weight of this model"
                 )
     return tensors
 
@@ -196,7 +195,7 @@ def check_tensors(
     folder: AdapterFolder, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Iterable[str]
 ) -> None:
     """Compare the tensors of a file with those expected; ``names`` are the parameters of the base."""
-    where = str(folder.path / WEIGHTS)
+    where = str(folder.weights)
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         base = " (some would overwrite the base)" if set(extra) & set(names) else ""

@@ -22,6 +22,7 @@ from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
 from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Method
+from lightning_peft.model_card import CardFacts
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import saved_places
 from lightning_peft.state import load_adapter, planned_adapter, save_adapter
@@ -169,10 +170,15 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapters(model: nn.Module, path: str | Path) -> Path:
+def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None = None) -> Path:
     """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
 
     Unless ``default`` is the only one, a file beside them says which there are and which are active, in what order.
+
+    Args:
+        model: the adapted model.
+        path: the folder.
+        facts: what the ``README.md`` of each adapter says beyond its files.
 
     Returns:
         The folder.
@@ -186,7 +192,7 @@ def save_adapters(model: nn.Module, path: str | Path) -> Path:
     if not names:
         adapters_named(model, "default")  # raises, saying that there is none
     for name in names:
-        save_adapter(model, _folder_of(folder, name), name=name)
+        save_adapter(model, _folder_of(folder, name), name=name, facts=facts)
     if names != ["default"]:
         active = [name for name in active_adapters(model) if name in names]
         content = {"format_version": _VERSION, "adapters": names, "active": active}

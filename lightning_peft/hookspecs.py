@@ -25,6 +25,7 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_peft.adapter_formats import AdapterFormat
     from lightning_peft.families import ModelFamily
     from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
     from lightning_peft.routers import Router
@@ -65,6 +66,11 @@ def register_exporters() -> Iterable[type[Exporter]]:  # type: ignore[empty-body
 @hookspec
 def register_routers() -> Iterable[type[Router]]:  # type: ignore[empty-body]
     """Return the routers of this plugin, as classes: which token of a mixture goes to which expert."""
+
+
+@hookspec
+def register_adapter_formats() -> Iterable[type[AdapterFormat]]:  # type: ignore[empty-body]
+    """Return the formats of adapters of other software that this plugin reads, as classes."""
 
 
 @hookspec(firstresult=True)

@@ -15,6 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
@@ -63,6 +64,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         modules_to_save: modules to train in full beside the method, such as a head that is new, in the same adapter.
         adapter: an adapter folder to start from; its method and places are used and ``method`` must be left out. Of a folder that
             was saved for several adapters all are trained, under their names, and those are active that were.
+        adapter_format: format of the adapter where other software wrote it, such as ``LoralibFile(alpha=16)``; found if None.
         name: name of the adapter in the model, where there is one method.
         optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
         lr_scheduler: makes the learning-rate scheduler from the optimizer.
@@ -92,6 +94,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         *,
         modules_to_save: str | list[str] | None = None,
         adapter: str | None = None,
+        adapter_format: AdapterFormat | str | None = None,
         name: str = "default",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -107,6 +110,10 @@ class PEFTModule(PEFTMixin, LightningModule):
             raise ConfigError(
                 f"an adapter folder brings its own places; leave out targets={targets!r} and modules_to_save={modules_to_save!r}"
             )
+        if adapter is None and adapter_format is not None:
+            raise ConfigError(
+                f"adapter_format={adapter_format!r} is for an adapter to start from; give adapter= as well"
+            )
         if adapter is not None and name != "default" and holds_several(adapter):
             raise ConfigError(
                 f"{adapter!r} was saved with names for its adapters, which they keep; leave out name={name!r}, or give the folder of one of them"
@@ -121,7 +128,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         self.model = None
         # Not an attribute of the usual kind, which would register a model a second time.
         self.__dict__["_base"] = base
-        self.method, self.targets, self.adapter = method, targets, adapter
+        self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss = loss
         self.metrics = nn.ModuleDict()
@@ -150,7 +157,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             if holds_several(self.adapter):
                 load_adapters(model, self.adapter, trainable=True)
             else:
-                load_adapter(model, self.adapter, name=self.adapter_name, trainable=True)
+                load_adapter(model, self.adapter, name=self.adapter_name, trainable=True, format=self.adapter_format)
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
             inject_all(model, self.adaptations)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import dataclass, field
+from importlib import metadata
 
 from lightning_peft.errors import PluginError
 
@@ -36,3 +39,16 @@ def cause_of(error: BaseException | None) -> str:
     except Exception:  # the error's own __str__ is broken
         text = "(its message cannot be shown)"
     return text if isinstance(error, PluginError) else f"{type(error).__name__}: {text}"
+
+
+def distribution_of(point: metadata.EntryPoint) -> tuple[str, str]:
+    """Return name and version of the distribution of an entry point."""
+    with contextlib.suppress(Exception):  # METADATA may be missing or damaged
+        if point.dist is not None and point.dist.name:
+            return str(point.dist.name), str(point.dist.version)
+    return "a distribution without METADATA", "?"
+
+
+def normal_name(name: str) -> str:
+    """Return the name of a distribution or an entry point as package indexes compare them."""
+    return re.sub(r"[-_.]+", "-", name.strip().lower())

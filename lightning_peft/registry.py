@@ -6,7 +6,6 @@ broken, and never takes anything else down; asking for what it should have provi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import os
@@ -20,6 +19,7 @@ import pluggy
 from torch import nn
 
 from lightning_peft import hookspecs
+from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.errors import (
     LightningPEFTWarning,
     PluginConflictError,
@@ -31,7 +31,7 @@ from lightning_peft.errors import (
 from lightning_peft.families import GENERIC, ModelFamily
 from lightning_peft.hf_types import ancestors, claimants, reader
 from lightning_peft.interfaces import EvalTask, Exporter, Method, Quantizer
-from lightning_peft.plugin_info import PluginInfo, cause_of
+from lightning_peft.plugin_info import PluginInfo, cause_of, distribution_of, normal_name
 from lightning_peft.routers import Router
 
 DEFAULT_PLUGINS: tuple[str, ...] = (
@@ -66,6 +66,10 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.eval_tasks",
     "lightning_peft.plugins.exporters",
     "lightning_peft.plugins.moe_exporters",
+    "lightning_peft.plugins.peft_formats",
+    "lightning_peft.plugins.loralib_format",
+    "lightning_peft.plugins.litgpt_format",
+    "lightning_peft.plugins.torchtune_format",
 )
 """The built-in plugins, in the order they load. A new built-in method is one file and one line here."""
 
@@ -80,6 +84,7 @@ _KINDS: dict[str, tuple[str, type]] = {
     "register_eval_tasks": ("evaluation task", EvalTask),
     "register_exporters": ("exporter", Exporter),
     "register_routers": ("router", Router),
+    "register_adapter_formats": ("adapter format", AdapterFormat),
 }
 _HOOKS = (*_KINDS, "resolve_model_family")
 
@@ -138,6 +143,11 @@ class Registry:
         return self._items["router"]
 
     @property
+    def adapter_formats(self) -> Mapping[str, type[AdapterFormat]]:
+        """Formats of adapters of other software by name."""
+        return self._items["adapter format"]
+
+    @property
     def broken(self) -> list[PluginInfo]:
         """Plugins that failed to load or failed later."""
         return [plugin for plugin in self.plugins if plugin.error is not None]
@@ -189,7 +199,9 @@ class Registry:
 
     def _missing(self, kind: str, name: str, unknown: str, misspelt: bool) -> PluginError:
         """Return the error for a name nobody registered: ``unknown``, or that a broken plugin provides it."""
-        certain = [p for p in self.broken if name in p.provides.get(kind, ()) or _normal(name) in map(_normal, p.hints)]
+        certain = [
+            p for p in self.broken if name in p.provides.get(kind, ()) or normal_name(name) in map(normal_name, p.hints)
+        ]
         possible = certain or [plugin for plugin in self.broken if not plugin.complete]
         causes = "; ".join(f"{plugin.source}: {plugin.cause}" for plugin in possible)
         if certain or (possible and not misspelt):
@@ -236,15 +248,15 @@ class Registry:
     def _load_entry_points(self) -> None:
         found: dict[tuple[str, ...], metadata.EntryPoint] = {}
         for point in metadata.entry_points(group=hookspecs.PROJECT):
-            found.setdefault((_normal(_distribution(point)[0]), _normal(point.name), point.value), point)
+            found.setdefault((normal_name(distribution_of(point)[0]), normal_name(point.name), point.value), point)
         allowed = os.environ.get(ALLOW_LIST_VARIABLE)
-        names = None if allowed is None else {_normal(name) for name in allowed.split(",") if name.strip()}
+        names = None if allowed is None else {normal_name(name) for name in allowed.split(",") if name.strip()}
         for name in sorted((names or set()) - {word for key in found for word in key[:2]}):
             _warn(f"{ALLOW_LIST_VARIABLE} names {name!r}, but no installed package has such a plugin")
         for key, point in sorted(found.items(), key=lambda item: item[0]):  # the order on disk decides nothing
             if names is not None and not names & set(key[:2]):
                 continue
-            distribution, version = _distribution(point)
+            distribution, version = distribution_of(point)
             info = PluginInfo(
                 source=f"{distribution} {version} ({point.name} = {point.value})",
                 hints=(point.name, distribution, key[0].removeprefix("lightning-peft-")),
@@ -378,17 +390,5 @@ def _checked(items: Any, expected: type, kind: str, where: str) -> list[Any]:
     return items
 
 
-def _distribution(point: metadata.EntryPoint) -> tuple[str, str]:
-    with contextlib.suppress(Exception):  # METADATA may be missing or damaged
-        if point.dist is not None and point.dist.name:
-            return str(point.dist.name), str(point.dist.version)
-    return "a distribution without METADATA", "?"
-
-
 def _warn(message: str) -> None:
     warnings.warn(message, LightningPEFTWarning, stacklevel=3)
-
-
-def _normal(name: str) -> str:
-    """Return the name of a distribution or an entry point as package indexes compare them."""
-    return re.sub(r"[-_.]+", "-", name.strip().lower())

@@ -22,10 +22,10 @@ from lightning_peft.adapter_files import (
     OWN_CONFIG,
     WEIGHTS,
     AdapterFolder,
-    read_adapter,
     to_json_bytes,
     write_file,
 )
+from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import (
     adapter_names,
     adapters_named,
@@ -52,8 +52,10 @@ from lightning_peft.errors import (
     LightningPEFTError,
     LightningPEFTWarning,
 )
+from lightning_peft.foreign_files import read_any
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import HF_PREFIX, Adapter
+from lightning_peft.model_card import CardFacts, write_card
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import (
     file_names,
@@ -83,10 +85,17 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Path:
+def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", facts: CardFacts | None = None) -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
-    Each file is replaced atomically. Files of other names in the folder stay.
+    Each file is replaced atomically. Files of other names in the folder stay, and so does a ``README.md`` that was not written here or
+    was edited since.
+
+    Args:
+        model: the adapted model.
+        path: the folder.
+        name: the adapter.
+        facts: what ``README.md`` says beyond the files, such as the data and measurements.
 
     Returns:
         The folder.
@@ -118,7 +127,21 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
     if injection.method.peft_type:
         files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
-    config = {
+    config = _own_config(
+        model, injection, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+    )
+    for file, content in files.items():
+        write_file(folder / file, content)
+    pretrained = type(model).__module__.partition(".")[0] == "transformers"
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    write_card(folder, injection, config, numbers, replace(facts or CardFacts(), pretrained=pretrained))
+    write_file(folder / OWN_CONFIG, to_json_bytes(config))
+    return folder
+
+
+def _own_config(model: nn.Module, injection: Injection, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the content of ``lightning_peft.json``; ``hashes`` are those of the other two files."""
+    return {
         "format_version": FORMAT_VERSION,
         "method": {"name": injection.method.name, "fields": injection.method.to_config()},
         "family": injection.family,
@@ -128,15 +151,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
         "base": _base(model, injection),
-        "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
+        "files": dict(hashes),
         "versions": {
             "python": platform.python_version(),
             **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
         },
     }
-    for file, content in {**files, OWN_CONFIG: to_json_bytes(config)}.items():
-        write_file(folder / file, content)
-    return folder
 
 
 def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
@@ -196,19 +216,28 @@ def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
 
 
 def load_adapter(
-    model: nn.Module, path: str | Path, *, name: str = "default", trainable: bool = False, check_base: bool = True
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    check_base: bool = True,
+    format: AdapterFormat | str | None = None,
 ) -> Injection:
-    """Put the adapter of a folder into ``model``, in place, and make it the active one.
+    """Put the adapter of a folder or file into ``model``, in place, and make it the active one.
 
     Strict: every tensor the adapter needs must be there with the right shape and finite values, and no other. If it is
     refused, the model is what it was.
 
     Args:
         model: the base model, with other adapters or without.
-        path: a folder written by :func:`save_adapter` or by HF PEFT.
+        path: a folder written by :func:`save_adapter`, or a folder or file of HF PEFT, transformers, loralib, LitGPT, torchtune or any
+            other registered format.
         name: the name it gets in the model.
         trainable: whether it is trained further.
-        check_base: whether to refuse a base other than the one it was trained on. Folders of HF PEFT do not say.
+        check_base: whether to refuse a base other than the one it was trained on. Other software does not say.
+        format: the format of other software, by its name or with fields that the file does not hold, such as ``LoralibFile(alpha=16)``;
+            found from what is there if None.
 
     Raises:
         AdapterFileError: the folder cannot be read.
@@ -221,7 +250,7 @@ def load_adapter(
         raise InjectionError(
             f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
         )
-    folder = read_adapter(path)
+    folder = read_any(path, model, format)
     injection, tensors = _asked(model, folder, check_base=check_base)
     with unchanged_on_error(model), torch.random.fork_rng():
         try:
@@ -243,14 +272,14 @@ def load_adapter(
             try:
                 adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
             except AdapterConfigError as error:
-                raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r}, at {place!r}: {error}") from error
+                raise AdapterMismatchError(f"{str(folder.weights)!r}, at {place!r}: {error}") from error
         check_shared(model, folder, name, tensors)
     return injection
 
 
 def planned_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> Injection:
     """Return what :func:`load_adapter` would inject from a folder; the model is left alone. It raises the same errors."""
-    return _asked(model, read_adapter(path), check_base=check_base)[0]
+    return _asked(model, read_any(path, model), check_base=check_base)[0]
 
 
 def _asked(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> tuple[Injection, dict[str, Tensor]]:

@@ -48,7 +48,7 @@ def example():
 
 
 def test_the_hooks_are_found():
-    assert len(HOOKS) == 7
+    assert len(HOOKS) == 8
 
 
 @pytest.mark.parametrize("hook", HOOKS)

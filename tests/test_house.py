@@ -63,13 +63,18 @@ def test_a_file_is_one_idea_and_a_function_fits_a_screen(path):
 
 
 def test_nothing_is_unpickled_or_evaluated_anywhere():
-    forbidden = {"eval", "exec", "pickle", "yaml.load", "torch.load"}
+    forbidden = {"eval", "exec", "pickle", "yaml.load"}
     for path in SOURCES:
         if path.parent.name == "testing":  # the conformance suite pickles, in memory, what it made itself
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in forbidden, f"{path}:{node.lineno}"
+                if (
+                    ast.unparse(node.func) == "torch.load"
+                ):  # in one place, where nothing but tensors comes out of a pickle
+                    assert path.name == "weight_files.py"
+                    assert "weights_only=True" in [ast.unparse(word) for word in node.keywords]
             if isinstance(node, ast.Import):
                 assert not {alias.name for alias in node.names} & {"pickle", "dill", "cloudpickle"}, path
 

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_loaded_adapter_is_trained_further_if_asked(saved):
 
 def test_the_files_are_those_of_hf_peft_and_one_of_ours(saved):
     _, folder = saved
-    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, HF_CONFIG, OWN_CONFIG])
+    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, HF_CONFIG, OWN_CONFIG, "README.md"])
     tensors = load_file(folder / WEIGHTS)
     assert {key: tuple(value.shape) for key, value in tensors.items()} == {
         "base_model.model.0.lora_A.weight": (2, 16),
@@ -111,7 +112,7 @@ def test_saving_again_replaces_the_files_and_leaves_others_alone(saved):
     (folder / "notes.txt").write_text("mine")
     shake(model)
     save_adapter(model, folder)
-    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, HF_CONFIG, OWN_CONFIG, "notes.txt"])
+    assert sorted(os.listdir(folder)) == sorted([WEIGHTS, HF_CONFIG, OWN_CONFIG, "README.md", "notes.txt"])
     again = net()
     load_adapter(again, folder)
     assert torch.equal(again(X), model(X))
@@ -168,7 +169,7 @@ REFUSED = {
     "a weight of the base": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.2.weight": torch.zeros(8, 32)}))), AdapterMismatchError, r"not expected \(some would overwrite the base\): \['2.weight'\]"),
     "a weight of a place that is not adapted": (lambda f: (nn.Sequential(*net(), nn.Linear(8, 8)), retensor(f, lambda t: t.update({"base_model.model.3.weight": torch.zeros(8, 8)}))), AdapterMismatchError, r"not expected \(some would overwrite the base\): \['3.weight'\]"),
     "a weight of an adapted layer": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.base_layer.weight": torch.zeros(32, 16)}))), BaseMismatchError, "'0.base_layer.weight', which would overwrite the base: it differs"),
-    "keys without the prefix": (lambda f: (net(), retensor(f, lambda t: [t.update({k.removeprefix("base_model.model."): t.pop(k)}) for k in list(t)])), AdapterMismatchError, "the file has the key '[02].lora_[AB].weight', which does not start with 'base_model.model.'"),
+    "keys without the prefix": (lambda f: (net(), retensor(f, lambda t: [t.update({k.removeprefix("base_model.model."): t.pop(k)}) for k in list(t) if ".0." in k])), AdapterMismatchError, "the file has the key '0.lora_[AB].weight', which does not start with 'base_model.model.'"),
     "another rank in the configuration": (lambda f: (net(), unvouched(f) if not rewrite(f / HF_CONFIG, lambda c: c.update(r=4)) else None), AdapterMismatchError, r"'0.lora_A.weight' has shape \(2, 16\), this model needs \(4, 16\)"),
     "a value that is not a number": (lambda f: (net(), retensor(f, lambda t: t["base_model.model.0.lora_A.weight"].fill_(float("nan")))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.float32\) has values that are not finite"),
     "integers": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.int8\)"),
@@ -229,7 +230,8 @@ UNREADABLE = {
     "no folder": (lambda f: f / "nowhere", AdapterFileError, "is not a folder; an adapter folder holds adapter_config.json or lightning_peft.json"),
     "an empty folder": (lambda f: [p.unlink() for p in list(f.iterdir())], AdapterFileError, "has neither lightning_peft.json nor adapter_config.json: it holds"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), AdapterFileError, "has no adapter_model.safetensors"),
-    "a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), AdapterFileError, "adapter_model.bin is a pickle, which is never loaded"),
+    "other weights beside our file": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), AdapterFileError, "has no adapter_model.safetensors"),
+    "a pickle that runs code": (lambda f: (unvouched(f), (f / WEIGHTS).unlink(), (f / "adapter_model.bin").write_bytes(pickle.dumps(os.getcwd))), AdapterFileError, "adapter_model.bin' cannot be read as a file of tensors .weights_only=True, so no code in it is run."),
     "weights changed behind our back": (lambda f: append(f / WEIGHTS, b"x"), AdapterFileError, "is not the file that lightning_peft.json was written for"),
     "one bit flipped": (lambda f: (f / WEIGHTS).write_bytes((b := (f / WEIGHTS).read_bytes())[:-1] + bytes([b[-1] ^ 1])), AdapterFileError, "is not the file that lightning_peft.json was written for"),
     "configuration changed behind our back": (lambda f: rewrite(f / HF_CONFIG, lambda c: c.update(lora_alpha=99)), AdapterFileError, "adapter_config.json' is not the file"),

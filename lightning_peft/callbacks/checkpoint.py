@@ -14,6 +14,7 @@ from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.composition import save_adapters
 from lightning_peft.errors import AdapterNotFoundError
 from lightning_peft.mixin import PEFTMixin
+from lightning_peft.model_card import CARD, CardFacts
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -22,7 +23,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     ``epoch=0-step=100.ckpt`` resumes the run; ``epoch=0-step=100.adapter/`` is what ``load_adapter`` and HF PEFT read. Where
     a model holds several adapters, the folder has one sub-folder for each but ``default``, for ``load_adapters``; where several models in the module
     are adapted, one for each model. The arguments are those of
-    ``lightning.pytorch.callbacks.ModelCheckpoint``, and ``monitor``, ``save_top_k`` and ``save_last`` work as there. The module
+    ``lightning.pytorch.callbacks.ModelCheckpoint``, and ``monitor``, ``save_top_k`` and ``save_last`` work as there. Each folder has a page,
+    ``README.md``, with the data and what was measured. The module
     must be a :class:`~lightning_peft.PEFTModule` or have :class:`~lightning_peft.PEFTMixin`, which keeps the base out.
     """
 
@@ -41,7 +43,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             assert isinstance(trainer.lightning_module, PEFTMixin)
-            _save_adapters(trainer.lightning_module, adapter_folder(filepath))
+            _save_adapters(trainer.lightning_module, adapter_folder(filepath), _facts(trainer))
 
     @staticmethod
     @override
@@ -62,21 +64,33 @@ class AdapterCheckpoint(ModelCheckpoint):
             _delete(adapter_folder(filepath))
 
 
-def _save_adapters(module: PEFTMixin, folder: Path) -> None:
+def _save_adapters(module: PEFTMixin, folder: Path, facts: CardFacts) -> None:
     """Write every adapter of ``module`` to ``folder``, which is replaced only once all are written."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     _delete(temporary)
     roots = roots_by_path(module)
     try:
+        for page in folder.rglob(CARD) if folder.is_dir() else ():  # one that somebody edited is kept
+            kept = temporary / page.relative_to(folder)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(page, kept)
         for path, root in roots.items():
             inner = temporary / path if len(roots) > 1 else temporary
-            save_adapters(root, inner)
+            save_adapters(root, inner, facts=facts)
         _delete(folder)
         if temporary.exists():
             os.replace(temporary, folder)
     except BaseException:
         _delete(temporary)
         raise
+
+
+def _facts(trainer: Trainer) -> CardFacts:
+    """Return what the page of an adapter says of the run."""
+    data = getattr(trainer, "datamodule", None)
+    name = None if data is None else str(getattr(data, "name", None) or type(data).__name__)
+    metrics = {key: float(value) for key, value in sorted(trainer.callback_metrics.items()) if value.numel() == 1}
+    return CardFacts(data=name, metrics=metrics, step=trainer.global_step)
 
 
 def _delete(folder: Path) -> None:

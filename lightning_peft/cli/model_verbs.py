@@ -60,6 +60,46 @@ def merge(
     print(f"{folder} ({size / 1e6:,.1f} MB)" if size >= 1e6 else f"{folder} ({size / 1e3:,.1f} kB)")
 
 
+def convert(
+    adapter: str,
+    output: str,
+    base: str,
+    format: str | None = None,
+    options: dict[str, Any] | None = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Read an adapter of other software over its base and write it as an adapter folder.
+
+    Args:
+        adapter: file or folder of HF PEFT, transformers, loralib, LitGPT, torchtune or another registered format.
+        output: folder to write; new or empty.
+        base: local folder or hub id of the base.
+        format: registry name of the format; found from what is there if not given.
+        options: fields of the format that the file does not hold, as a mapping; they need a format.
+        dtype: precision of the weights of the base; auto is its own.
+
+    Raises:
+        ConfigError: the output is not empty, or no base can be loaded.
+        AdapterFileError: the adapter cannot be read or does not fit the base.
+        UnknownNameError: there is no such format.
+    """
+    from lightning_peft.registry import get_registry
+    from lightning_peft.state import load_adapter, save_adapter
+
+    if options and format is None:
+        raise ConfigError(
+            f"--options {options!r} are fields of a format; name it with --format, such as --format loralib"
+        )
+    reader = get_registry().get("adapter format", format).from_config(options or {}) if format else None
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output {output!r} is not a new or empty folder; name another")
+    model = _load_base(base, dtype)
+    injection = load_adapter(model, adapter, format=reader)
+    save_adapter(model, folder)
+    print(f"{folder}: {injection.method.name} at {len(injection.targets)} places")
+
+
 def generate(
     prompt: str,
     adapter: str | None = None,

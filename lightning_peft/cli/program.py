@@ -13,7 +13,7 @@ from typing import Any
 from lightning_peft import __version__
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.listings import methods, plugins
-from lightning_peft.cli.model_verbs import generate, merge
+from lightning_peft.cli.model_verbs import convert, generate, merge
 from lightning_peft.errors import LightningPEFTError
 
 PROGRAM = "lightning-peft"
@@ -28,6 +28,7 @@ LIGHTNING_VERBS = {
 
 OWN_VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
+    "convert": convert,
     "generate": generate,
     "methods": methods,
     "plugins": plugins,

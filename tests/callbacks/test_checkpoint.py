@@ -208,3 +208,33 @@ def test_a_module_without_the_mixin_is_refused(make_trainer, tmp_path):
 
 def test_the_folder_stands_beside_its_checkpoint():
     assert str(adapter_folder("runs/val_loss=0.25.ckpt")) == "runs/val_loss=0.25.adapter"
+
+
+def test_a_checkpoint_is_read_by_hf_peft_and_transformers_and_has_a_page_with_the_metrics(fit, base, tmp_path):
+    import peft
+
+    module, trainer = fit(AdapterCheckpoint(tmp_path, save_top_k=-1))
+    folder = tmp_path / "epoch=0-step=4.adapter"
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
+    third = copy.deepcopy(base)
+    third.load_adapter(str(folder))
+    with torch.no_grad():
+        expected = module.model.eval()(ROWS).logits
+        for model in (other, third):
+            assert ((model.eval()(ROWS).logits - expected).abs().max() / expected.abs().max()) <= 1e-5
+    page = (folder / "README.md").read_text()
+    assert "| optimizer steps | 4 |" in page
+    assert re.search(rf"\| val_loss \| {trainer.callback_metrics['val_loss'].item():.6g} \|", page)
+    assert str(tmp_path) not in page
+
+
+def test_a_page_that_was_edited_outlives_the_next_checkpoint_of_that_name(fit, tmp_path):
+    callback = AdapterCheckpoint(tmp_path, filename="same", enable_version_counter=False)
+    _, trainer = fit(callback)
+    page = tmp_path / "same.adapter" / "README.md"
+    page.write_text("# mine\n")
+    callback._save_checkpoint(trainer, str(tmp_path / "same.ckpt"))
+    assert page.read_text() == "# mine\n"
+    page.unlink()
+    callback._save_checkpoint(trainer, str(tmp_path / "same.ckpt"))
+    assert "lora adapter for" in page.read_text()

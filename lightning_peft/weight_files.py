@@ -1,0 +1,73 @@
+"""Files of tensors: safetensors, and what ``torch.save`` wrote, which is read without running any code in it.
+
+The second is a pickle. torch reads it with ``weights_only=True``: an interpreter that knows tensors, containers and numbers
+and refuses everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lightning_peft.errors import AdapterFileError
+
+
+def read_tensors(path: Path, *, inside: Sequence[str] = (), values: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, on the CPU.
+
+    Args:
+        path: a file of safetensors (by its suffix) or of ``torch.save``.
+        inside: keys under one of which the mapping of tensors may stand, where the file is no such mapping itself.
+        values: whether the values are needed; without them the tensors are on the meta device.
+
+    Raises:
+        AdapterFileError: it cannot be read, or holds something else than named tensors.
+    """
+    if path.suffix == ".safetensors":
+        return parse_safetensors(path.read_bytes(), path)
+    try:
+        found: Any = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise AdapterFileError(
+            f"{str(path)!r} cannot be read as a file of tensors (weights_only=True, so no code in it is run): {reason}"
+        ) from error
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in inside if isinstance(found.get(key), Mapping)), found)
+    if not isinstance(found, Mapping) or not found:
+        raise AdapterFileError(f"{str(path)!r} must hold tensors by name, found {type(found).__name__}")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise AdapterFileError(f"{str(path)!r} must hold tensors by name, found {key!r}: {type(value).__name__}")
+    return dict(found)
+
+
+def parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
+    """Return the tensors in ``content``, that of the file ``path``.
+
+    Raises:
+        AdapterFileError: it is no safetensors file.
+    """
+    try:
+        return safetensors.torch.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise AdapterFileError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+def tensor_names(path: Path, *, inside: Sequence[str] = ()) -> list[str]:
+    """Return the names of the tensors in a file; none where it cannot be read as one."""
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(read_tensors(path, inside=inside, values=False))
+    except (AdapterFileError, OSError, safetensors.SafetensorError):
+        return []
