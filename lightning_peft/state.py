@@ -61,6 +61,7 @@ from lightning_peft.saved_modules import (
     hf_saved_config,
     own_adapters,
 )
+from lightning_peft.scaling import adapter_scale
 from lightning_peft.surgery import inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -87,7 +88,8 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
-    Each file is replaced atomically. Files of other names in the folder stay.
+    Values, rank and scaling are those of training: a factor set by :func:`~lightning_peft.scaling.scale_adapters` is left out, with
+    a warning, and so are the zeros of a padded rank. Each file is replaced atomically. Files of other names in the folder stay.
 
     Returns:
         The folder.
@@ -98,20 +100,25 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
         OSError: the folder cannot be written.
     """
     injection = record(model, name)
+    scale = adapter_scale(model, name)
+    if scale != 1.0:
+        warnings.warn(
+            f"adapter {name!r} has the scale {scale:g}, which an adapter folder does not hold: the folder has the adapter unscaled",
+            LightningPEFTWarning,
+            stacklevel=2,
+        )
+    return write_adapter(model, injection, path, name)
+
+
+def write_adapter(model: nn.Module, injection: Injection, path: str | Path, name: str) -> Path:
+    """Write what :func:`save_adapter` does, without a word about the scale."""
     tensors = adapter_state_dict(model, name)
     trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
     if trained:
         warnings.warn(
             f"{len(trained)} parameters of the base are trained, such as {trained[0]!r}; an adapter folder does not hold them, a .ckpt does",
             LightningPEFTWarning,
-            stacklevel=2,
-        )
-    scale = next(iter(adapters_named(model, name).values())).scale
-    if scale != 1.0:
-        warnings.warn(
-            f"adapter {name!r} has the scale {scale:g}, which an adapter folder does not hold: the folder has the adapter unscaled",
-            LightningPEFTWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     _refuse_no_values(tensors, name)
     folder = Path(path)

@@ -79,6 +79,6 @@ def _resized(tensor: Tensor, axis: RankAxis, rank: int) -> Tensor:
     shape[axis.dim] = axis.blocks * rank
     result = tensor.new_zeros(shape)
     kept = min(own, rank)
-    new, old = (whole.unflatten(axis.dim, (axis.blocks, -1)) for whole in (result, tensor))  # (..., blocks, rank, ...)
+    new, old = (torch.unflatten(whole, axis.dim, (axis.blocks, -1)) for whole in (result, tensor))  # blocks, rank
     new.narrow(axis.dim + 1, 0, kept).copy_(old.narrow(axis.dim + 1, 0, kept))
     return result
