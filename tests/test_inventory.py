@@ -48,10 +48,7 @@ def test_the_list_says_what_there_is_to_know():
     assert first.places == ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
     assert (first.parameters, first.bytes, first.device) == (2 * 2 * (64 + 64), 4 * 2 * 2 * (64 + 64), "cpu")
     assert (second.name, second.method, second.active, second.trainable) == ("b", "norm_tuning", True, False)
-    assert (
-        str(first)
-        == "a: lora, trainable, scale 0.5, 512 parameters (2,048 bytes) at 2 places, on cpu"
-    )
+    assert str(first) == "a: lora, trainable, scale 0.5, 512 parameters (2,048 bytes) at 2 places, on cpu"
     assert not any(info.merged for info in (first, second))
     merge_adapters(model, "b")
     assert [info.merged for info in list_adapters(model)] == [False, True]
@@ -199,7 +196,7 @@ def test_gradients_are_asked_of_the_active_alone_through_every_verb():
     for names in (["a"], ["c"], ["a", "c"], [], ["b"], ["c"]):
         set_active_adapters(model, names)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        expected = {name for name in (f".{n}." for n in names if n != "b")}
+        expected = {f".{name}." for name in names if name != "b"}
         assert {f".{key.split('.adapters.')[1].split('.')[0]}." for key in trained} == expected
     twin = copy.deepcopy(model)
     set_active_adapters(twin, "a")

@@ -64,7 +64,7 @@ def test_what_was_trained_in_between_is_kept(tmp_path):
     offload_adapters(model, to=tmp_path)
     shake(model, "b", seed=5)
     output = logits(model)
-    model(**{"input_ids": torch.zeros(1, 3, dtype=torch.long)}).logits.sum().backward()
+    model(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.sum().backward()
     set_active_adapters(model, "a")
     assert all(p.grad is None for key, p in model.named_parameters() if ".b." in key)
     set_active_adapters(model, "b")
