@@ -170,7 +170,9 @@ def test_each_of_two_hundred_costs_what_the_first_did(tmp_path):
 
     loads = [load(f"a{i}") for i in range(4)]
     few = verbs()
-    loads += [load(f"a{i}") for i in range(4, 200)]
+    for i in range(4, 199):
+        load_adapter(model, tmp_path, name=f"a{i}", check_base=False)
+    loads.append(load("a199"))
     assert len(adapter_names(model)) == 200
     assert loads[-1] <= 1.5 * loads[0], (loads[0], loads[-1])
     assert loads[-1] <= 1.05 * loads[3], (loads[3], loads[-1])
