@@ -13,6 +13,7 @@ from lightning_peft.errors import AdapterNotFoundError
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter
 from lightning_peft.offloading import offloaded_to, rename_offloaded
+from lightning_peft.scaling import adapter_scale
 from lightning_peft.surgery import check_name
 
 
@@ -84,7 +85,7 @@ def _info(model: nn.Module, name: str, adapters: Mapping[str, Adapter], **state:
     return AdapterInfo(
         name=name,
         method=held.method.name if held else "",
-        scale=next(iter(adapters.values())).scale,
+        scale=adapter_scale(model, name),
         parameters=sum(p.numel() for p in parameters.values()),
         bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         device=offloaded_to(model, name) or ", ".join(devices) or "-",

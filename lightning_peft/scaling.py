@@ -26,7 +26,8 @@ def adapter_scale(model: nn.Module, name: str = "default") -> float:
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
-    return next(iter(adapters_named(model, name).values())).scale
+    first = next(iter(adapters_named(model, name).values()))
+    return first.scale if first.scalable else 1.0  # where it is not declared, the word may mean something else
 
 
 def scale_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
@@ -97,7 +98,8 @@ def adapters_scaled(model: nn.Module, scales: Mapping[str, float] | None = None,
         1.0
     """
     wanted = {**(scales or {}), **named}
-    before = [(adapter, adapter.scale) for name in wanted for adapter in adapters_named(model, name).values()]
+    adapters = [adapter for name in wanted for adapter in adapters_named(model, name).values()]
+    before = [(adapter, adapter.scale) for adapter in adapters]
     scale_adapters(model, wanted)
     try:
         yield model
