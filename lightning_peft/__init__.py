@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from lightning_peft.interfaces import Quantizer as Quantizer
     from lightning_peft.interfaces import Slice as Slice
     from lightning_peft.interfaces import Target as Target
+    from lightning_peft.inventory import AdapterInfo as AdapterInfo
+    from lightning_peft.inventory import list_adapters as list_adapters
+    from lightning_peft.inventory import rename_adapter as rename_adapter
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
     from lightning_peft.merging import merge_adapters as merge_adapters
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.model_card import CardFacts as CardFacts
     from lightning_peft.module import PEFTModule as PEFTModule
+    from lightning_peft.offloading import bring_back_adapters as bring_back_adapters
+    from lightning_peft.offloading import offload_adapters as offload_adapters
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
     from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
@@ -88,6 +93,9 @@ if TYPE_CHECKING:
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.routers import Assignment as Assignment
     from lightning_peft.routers import Router as Router
+    from lightning_peft.scaling import adapter_scale as adapter_scale
+    from lightning_peft.scaling import adapters_scaled as adapters_scaled
+    from lightning_peft.scaling import scale_adapters as scale_adapters
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
@@ -96,6 +104,8 @@ if TYPE_CHECKING:
     from lightning_peft.surgery import inject as inject
     from lightning_peft.surgery import materialize_adapters as materialize_adapters
     from lightning_peft.surgery import unload_adapters as unload_adapters
+    from lightning_peft.swapping import pad_adapter_rank as pad_adapter_rank
+    from lightning_peft.swapping import swap_adapter as swap_adapter
     from lightning_peft.targets import Targets as Targets
     from lightning_peft.targets import resolve_targets as resolve_targets
 
@@ -107,6 +117,7 @@ _HOME = {
     "Adapter": "interfaces",
     "AdapterCheckpoint": "callbacks",
     "AdapterFormat": "adapter_formats",
+    "AdapterInfo": "inventory",
     "AdapterLayer": "adapter_layer",
     "Assignment": "routers",
     "BitFit": "plugins.bitfit",
@@ -168,9 +179,12 @@ _HOME = {
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",
+    "adapter_scale": "scaling",
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
+    "adapters_scaled": "scaling",
     "allocated_ranks": "plugins.adalora",
+    "bring_back_adapters": "offloading",
     "delete_adapter": "surgery",
     "drop_adapters": "activation",
     "get_registry": "registry",
@@ -178,16 +192,22 @@ _HOME = {
     "initialize_from_data": "calibration",
     "inject": "surgery",
     "inject_all": "composition",
+    "list_adapters": "inventory",
     "load_adapter": "state",
     "load_adapters": "composition",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
+    "offload_adapters": "offloading",
+    "pad_adapter_rank": "swapping",
     "parameter_groups": "optimization",
+    "rename_adapter": "inventory",
     "resolve_targets": "targets",
     "save_adapter": "state",
     "save_adapters": "composition",
+    "scale_adapters": "scaling",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
+    "swap_adapter": "swapping",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_peft.adapter_layer import adapter_layers, adapter_names, adapters_named
+from lightning_peft.adapter_layer import adapter_layers, adapters_named
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import records
+from lightning_peft.offloading import fetch_offloaded, send_inactive
 from lightning_peft.saved_modules import SavedParameters, acts_alone
 from lightning_peft.targets import in_first_layers
 
@@ -31,9 +32,8 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         raise MergeError(
             f"adapter {left[0]!r} is merged into the base and would go on acting beside {names}; call unmerge_adapters(model) first"
         )
-    present = adapter_names(model)
     for name in names:
-        if name not in present:
+        if not any(name in layer.adapters for layer in layers.values()):
             adapters_named(model, name)  # raises, saying what there is
     for path, layer in layers.items():
         here = [name for name in names if name in layer.adapters]
@@ -43,8 +43,11 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
                 raise InjectionError(
                     f"{here} are all at {path!r}, but {alone(model, name, path)}; activate one of them"
                 )
+    before = {name for layer in layers.values() for name in (*layer.active, *layer.merged)}
+    fetch_offloaded(model, names)
     for layer in layers.values():
         layer.activate(names)
+    send_inactive(model, before)
 
 
 def alone(model: nn.Module, name: str, path: str) -> str:

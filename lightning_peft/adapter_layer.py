@@ -38,7 +38,8 @@ class AdapterLayer(nn.Module):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
-        self._trainable: frozenset[str] = frozenset()
+        self._trainable: set[str] = set()
+        self._training_now: set[str] = set()  # those of them that are active
         self._enabled = True
         # What merging replaced: adapter names, and parameter name -> its value before.
         self._merged: tuple[str, ...] = ()
@@ -76,9 +77,9 @@ class AdapterLayer(nn.Module):
         if name in self.adapters:
             raise InjectionError(f"this place already has an adapter {name!r}; choose another name or delete it first")
         adapter.train(self.base_layer.training)
+        adapter.requires_grad_(False)
         self.adapters[name] = adapter
-        self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
-        self._refresh()
+        self.set_trainable(name, trainable)
 
     def delete(self, name: str) -> None:
         """Remove the adapter ``name``."""
@@ -86,8 +87,21 @@ class AdapterLayer(nn.Module):
             raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
         del self.adapters[name]
         self._active = tuple(other for other in self._active if other != name)
-        self._trainable -= {name}
+        self._trainable.discard(name)
+        self._training_now.discard(name)
         self._refresh()
+
+    def rename(self, old: str, new: str) -> None:
+        """Call the adapter ``old`` ``new``; its place in every order stays."""
+        for key in list(self.adapters):
+            adapter = self.adapters.pop(key)
+            self.adapters[new if key == old else key] = adapter
+        self._active = tuple(new if name == old else name for name in self._active)
+        self._merged = tuple(new if name == old else name for name in self._merged)
+        for names in (self._trainable, self._training_now):
+            if old in names:
+                names.remove(old)
+                names.add(new)
 
     def activate(self, names: Sequence[str]) -> None:
         """Make the adapters among ``names`` that live here the active ones, in that order."""
@@ -101,15 +115,18 @@ class AdapterLayer(nn.Module):
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Say whether the adapter ``name`` is trained while it is active."""
-        self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
+        (self._trainable.add if trainable else self._trainable.discard)(name)
         self._refresh()
 
     def _refresh(self) -> None:
         acting = [name for name in self._active if name not in self._merged]
         self._stack = tuple(self._adapter(name) for name in acting) if self._enabled else ()
-        for name in self.adapters:
-            # Only active adapters require gradients: DDP then never meets a trained parameter without one.
-            self._adapter(name).requires_grad_(name in self._trainable and name in self._active)
+        # Only active adapters require gradients: DDP then never meets a trained parameter without one. The others are left
+        # alone, so that the cost of a switch does not grow with the number of adapters.
+        trained = self._trainable.intersection(self._active)
+        for name in self._training_now.union(self._active):
+            self._adapter(name).requires_grad_(name in trained)
+        self._training_now = trained
 
     def _adapter(self, name: str) -> Adapter:
         adapter = self.adapters[name]
@@ -254,6 +271,11 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of all adapters in ``model``, in the order they were added."""
     return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.adapters))
+
+
+def has_adapter(model: nn.Module, name: str) -> bool:
+    """Tell whether ``model`` has an adapter called ``name``."""
+    return any(name in layer.adapters for layer in adapter_layers(model).values())
 
 
 def adapters_named(model: nn.Module, name: str) -> dict[str, Adapter]:

@@ -15,7 +15,6 @@ from lightning_peft.adapter_files import (
 )
 from lightning_peft.adapter_layer import (
     adapter_layers,
-    adapters_named,
     base_modules,
     unwrapped,
 )
@@ -26,7 +25,7 @@ from lightning_peft.errors import (
 )
 from lightning_peft.families import GENERIC
 from lightning_peft.injection import Injection
-from lightning_peft.interfaces import Slice, Target
+from lightning_peft.interfaces import Adapter, Slice, Target
 from lightning_peft.registry import get_registry
 from lightning_peft.saved_modules import (
     inside,
@@ -35,9 +34,9 @@ from lightning_peft.saved_modules import (
 )
 
 
-def check_shared(model: nn.Module, folder: AdapterFolder, name: str, tensors: Mapping[str, Tensor]) -> None:
+def check_shared(folder: AdapterFolder, adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> None:
     """Refuse a file that has different values for tensors that several places of the adapter share."""
-    for place, adapter in adapters_named(model, name).items():
+    for place, adapter in adapters.items():
         for key, value in adapter.export_state().items() if adapter.tied_parameters else ():
             if not torch.equal(value, tensors[f"{place}.{key}"].to(value)):
                 raise AdapterMismatchError(

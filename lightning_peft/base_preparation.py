@@ -20,6 +20,7 @@ from lightning_peft.adapter_layer import AdapterLayer, base_modules, parents_of,
 from lightning_peft.errors import InjectionError, LightningPEFTWarning
 from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
+from lightning_peft.interfaces import Method
 from lightning_peft.saved_modules import SavedParameters, inside
 
 
@@ -29,6 +30,8 @@ def prepare_base(model: nn.Module, injections: Sequence[Injection], family: Mode
     Raises:
         InjectionError: a method changes layers that have to stay as they are, and no others.
     """
+    if all(type(injection.method).prepare is Method.prepare for injection in injections):
+        return
     # Whatever is not kept must be free to go as soon as it is replaced.
     before = {path: weakref.ref(unwrapped(held)) for path, held in base_modules(model)}
     reasons = _to_keep(model, injections, family)

@@ -25,13 +25,15 @@ from lightning_peft.interfaces import Method
 from lightning_peft.model_card import CardFacts
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import saved_places
-from lightning_peft.state import load_adapter, planned_adapter, save_adapter
+from lightning_peft.scaling import adapter_scale, scale_adapters
+from lightning_peft.state import load_adapter, planned_adapter, write_adapter
 from lightning_peft.surgery import check_name, inject, plan, resolve_family
 from lightning_peft.targets import Targets
 
 INDEX = "lightning_peft_adapters.json"
 """File in a folder of several adapters: their names and which are active, innermost first."""
-_VERSION = 1
+_VERSION, _SCALED = 1, 2
+"""Versions of that file: without and with factors of their effects."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
 def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None = None) -> Path:
     """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
 
-    Unless ``default`` is the only one, a file beside them says which there are and which are active, in what order.
+    Unless ``default`` is the only one and unscaled, a file beside them says which there are, which are active in what order, and
+    how they are scaled.
 
     Args:
         model: the adapted model.
@@ -192,10 +195,12 @@ def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None
     if not names:
         adapters_named(model, "default")  # raises, saying that there is none
     for name in names:
-        save_adapter(model, _folder_of(folder, name), name=name, facts=facts)
-    if names != ["default"]:
+        write_adapter(model, _folder_of(folder, name), name, facts)
+    scales = {name: scale for name in names if (scale := adapter_scale(model, name)) != 1.0}
+    if names != ["default"] or scales:
         active = [name for name in active_adapters(model) if name in names]
-        content = {"format_version": _VERSION, "adapters": names, "active": active}
+        content = {"format_version": _SCALED if scales else _VERSION, "adapters": names, "active": active}
+        content |= {"scales": scales} if scales else {}
         write_file(folder / INDEX, to_json_bytes(content))
     return folder
 
@@ -223,7 +228,7 @@ def load_adapters(
         InjectionError: the model has an adapter of one of the names.
     """
     folder = Path(path)
-    names, active = _index(folder)
+    names, active, scales = _index(folder)
     for name in names:
         check_name(model, name)
     with unchanged_on_error(model):
@@ -235,6 +240,7 @@ def load_adapters(
             for name in names
         }
         set_active_adapters(model, active)
+        scale_adapters(model, scales)
     return loaded
 
 
@@ -253,31 +259,31 @@ def _folder_of(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name
 
 
-def _index(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the adapters of a folder, and those that are active."""
+def _index(folder: Path) -> tuple[list[str], list[str], dict[str, float]]:
+    """Return the names of the adapters of a folder, those that are active, and the factors of those that are scaled."""
     if not holds_several(folder):
         inner = inner_adapters(folder) if folder.is_dir() else []
         found = [*(["default"] if is_adapter(folder) else []), *(name for name in inner if name != "default")]
         if not found:
             raise AdapterFileError(f"{str(folder)!r} holds no adapter, neither itself nor in a folder inside it")
-        return found, found
+        return found, found, {}
     file = folder / INDEX
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        names, active = list(content["adapters"]), list(content["active"])
+        names, active, scales = list(content["adapters"]), list(content["active"]), dict(content.get("scales", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterFileError(f"{str(file)!r} cannot be read: {error!r}") from error
-    if content.get("format_version") != _VERSION:
+    if content.get("format_version") not in (_VERSION, _SCALED):
         raise AdapterFileError(
-            f"{str(file)!r} has format_version {content.get('format_version')!r}; this version reads {_VERSION}"
+            f"{str(file)!r} has format_version {content.get('format_version')!r}; this version reads {_VERSION} and {_SCALED}"
         )
     for name in (*names, *active):
         try:
             check_name(nn.Module(), name)  # it becomes part of a path
         except ConfigError as error:
             raise AdapterFileError(f"{str(file)!r}: {error}") from error
-    if not names or len(set(names)) < len(names) or not set(active) <= set(names):
+    if not names or len(set(names)) < len(names) or not {*active, *scales} <= set(names):
         raise AdapterFileError(
-            f"{str(file)!r} must name each adapter once, the active ones among them: {names}, {active}"
+            f"{str(file)!r} must name each adapter once, the active and scaled ones among them: {names}, {active}, {scales}"
         )
-    return names, active
+    return names, active, scales

@@ -95,6 +95,10 @@ class Adapter(nn.Module, ABC):
     """Parameters of the adapted module that other modules share, and that this adapter and theirs train as one."""
     lr_ratios: Mapping[str, float] = {}
     """What :meth:`learning_rate_ratios` returns, where the method says it and not the kind of adapter."""
+    scalable: ClassVar[bool] = False
+    """What the adapter changes of the output, and of the weights it is merged into, is multiplied by :attr:`scale`."""
+    scale: float = 1.0
+    """Factor of the effect; set for a whole adapter by :func:`~lightning_peft.scaling.scale_adapters`."""
 
     @abstractmethod
     def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +222,9 @@ class Method(Named, ABC):
     """Adapters of this method have an ``auxiliary_loss``, which training adds to the loss."""
     data_driven: ClassVar[bool] = False
     """Fresh adapters take their initial values from training data, in :meth:`initialize`."""
+
+    swappable_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may differ in an adapter that is swapped into the tensors of another one."""
 
     hf_prefix: ClassVar[str] = HF_PREFIX
     """What HF PEFT puts before the path of a module in files of ``peft_type``."""

@@ -18,6 +18,7 @@ from lightning_peft.adapter_layer import (
 )
 from lightning_peft.errors import MergeError
 from lightning_peft.injection import records
+from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.saved_modules import acts_alone
 
 
@@ -50,6 +51,7 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -
             raise MergeError(f"adapter {name!r} is a {held.method.name!r} adapter, {held.method.merge_refusal}")
     _refuse_shared(model, names)
     _refuse_several(model, names)
+    fetch_offloaded(model, names)
     done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
     try:
         for layer in adapter_layers(model).values():

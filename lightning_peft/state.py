@@ -27,10 +27,10 @@ from lightning_peft.adapter_files import (
 )
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import (
-    adapter_names,
     adapters_named,
     base_modules,
     base_parameters,
+    has_adapter,
 )
 from lightning_peft.adapter_placement import (
     check_packed,
@@ -44,6 +44,7 @@ from lightning_peft.adapter_placement import (
     shapes_at,
     without_base_copies,
 )
+from lightning_peft.arithmetic.padded_ranks import as_in_files
 from lightning_peft.errors import (
     AdapterConfigError,
     AdapterFileError,
@@ -62,6 +63,7 @@ from lightning_peft.saved_modules import (
     hf_saved_config,
     own_adapters,
 )
+from lightning_peft.scaling import adapter_scale
 from lightning_peft.surgery import inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -73,7 +75,7 @@ def adapter_state_dict(model: nn.Module, name: str = "default") -> dict[str, Ten
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
     """
-    return _state_of(adapters_named(model, name))
+    return _state_of(as_in_files(adapters_named(model, name)))
 
 
 def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -88,8 +90,9 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", facts: CardFacts | None = None) -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
-    Each file is replaced atomically. Files of other names in the folder stay, and so does a ``README.md`` that was not written here or
-    was edited since.
+    Values, rank and scaling are those of training: a factor set by :func:`~lightning_peft.scaling.scale_adapters` is left out, with
+    a warning, and so are the zeros of a padded rank. Each file is replaced atomically. Files of other names in the folder stay, and so
+    does a ``README.md`` that was not written here or was edited since.
 
     Args:
         model: the adapted model.
@@ -105,6 +108,18 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         AdapterFileError: the adapter has non-finite values, or no values yet (meta device).
         OSError: the folder cannot be written.
     """
+    scale = adapter_scale(model, name)
+    if scale != 1.0:
+        warnings.warn(
+            f"adapter {name!r} has the scale {scale:g}, which an adapter folder does not hold: the folder has the adapter unscaled",
+            LightningPEFTWarning,
+            stacklevel=2,
+        )
+    return write_adapter(model, path, name, facts)
+
+
+def write_adapter(model: nn.Module, path: str | Path, name: str, facts: CardFacts | None = None) -> Path:
+    """Write what :func:`save_adapter` does, without a word about the scale."""
     injection = record(model, name)
     tensors = adapter_state_dict(model, name)
     trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
@@ -112,12 +127,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         warnings.warn(
             f"{len(trained)} parameters of the base are trained, such as {trained[0]!r}; an adapter folder does not hold them, a .ckpt does",
             LightningPEFTWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     _refuse_no_values(tensors, name)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    own = _state_of(own_adapters(model, name))
+    own = _state_of(as_in_files(own_adapters(model, name)))
     saved = {key: tensor for key, tensor in tensors.items() if key not in own}
     # Distinct contiguous copies: safetensors refuses tensors that share memory.
     payload = {
@@ -194,7 +209,7 @@ def _hf_config(model: nn.Module, injection: Injection, name: str) -> dict[str, A
         "revision": None,
         "inference_mode": True,
         "target_modules": injection.paths,
-        **injection.method.to_hf_config(own_adapters(model, name)),
+        **injection.method.to_hf_config(as_in_files(own_adapters(model, name))),
         **hf_saved_config(model, injection.saved),
     }
     for key in [key for key in config if key.endswith("_modules")]:
@@ -246,43 +261,56 @@ def load_adapter(
         BaseMismatchError: it was trained on another base.
         InjectionError: the model has an adapter of that name.
     """
-    if name in adapter_names(model):
+    if has_adapter(model, name):
         raise InjectionError(
             f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
         )
     folder = read_any(path, model, format)
-    injection, tensors = _asked(model, folder, check_base=check_base)
+    injection, tensors = asked_for(model, folder, check_base=check_base)
     with unchanged_on_error(model), torch.random.fork_rng():
         try:
             inject_at(model, injection, name=name, trainable=trainable)
         except LightningPEFTError as error:
             raise AdapterMismatchError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}") from error
-        if any(tensor.is_meta for tensor in adapter_state_dict(model, name).values()):
-            raise AdapterMismatchError(
-                f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
-            )
-        if check_base and folder.own is not None and folder.method.exact_packed_base:
-            check_packed(model, folder)
-        tensors = without_base_copies(model, folder, tensors)
-        for place, adapter in adapters_named(model, name).items():
-            adapter.fit_to(shapes_at(place, tensors))
-        base_names = [key for path, _ in base_parameters(model) for key in (path, name_in_layer(path))]
-        check_tensors(folder, adapter_state_dict(model, name), tensors, base_names)
-        for place, adapter in adapters_named(model, name).items():
-            try:
-                adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
-            except AdapterConfigError as error:
-                raise AdapterMismatchError(f"{str(folder.weights)!r}, at {place!r}: {error}") from error
-        check_shared(model, folder, name, tensors)
+        fill(model, folder, adapters_named(model, name), tensors, check_base=check_base)
     return injection
+
+
+def fill(
+    model: nn.Module,
+    folder: AdapterFolder,
+    adapters: Mapping[str, Adapter],
+    tensors: dict[str, Tensor],
+    *,
+    check_base: bool,
+) -> None:
+    """Give fresh ``adapters``, by module path, the ``tensors`` of a folder, as strictly as :func:`load_adapter` says."""
+    if any(tensor.is_meta for tensor in _state_of(adapters).values()):
+        raise AdapterMismatchError(
+            f"{str(folder.path)!r} cannot be loaded while {type(model).__name__} is on the meta device; load the weights of the base first"
+        )
+    if check_base and folder.own is not None and folder.method.exact_packed_base:
+        check_packed(model, folder)
+    tensors = without_base_copies(model, folder, tensors)
+    for place, adapter in adapters.items():
+        adapter.fit_to(shapes_at(place, tensors))
+    base_names = (key for path, _ in base_parameters(model) for key in (path, name_in_layer(path)))
+    check_tensors(folder, _state_of(adapters), tensors, base_names)
+    for place, adapter in adapters.items():
+        try:
+            adapter.import_state({key: tensors[f"{place}.{key}"] for key in adapter.export_state()})
+        except AdapterConfigError as error:
+            raise AdapterMismatchError(f"{str(folder.weights)!r}, at {place!r}: {error}") from error
+    check_shared(folder, adapters, tensors)
 
 
 def planned_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> Injection:
     """Return what :func:`load_adapter` would inject from a folder; the model is left alone. It raises the same errors."""
-    return _asked(model, read_any(path, model), check_base=check_base)[0]
+    return asked_for(model, read_any(path, model), check_base=check_base)[0]
+    return asked_for(model, read_adapter(path), check_base=check_base)[0]
 
 
-def _asked(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> tuple[Injection, dict[str, Tensor]]:
+def asked_for(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> tuple[Injection, dict[str, Tensor]]:
     """Return the injection that a folder asks for, and its tensors by ``<module path>.<tensor>``."""
     if check_base and folder.own is not None:
         refuse_other_base(model, folder)

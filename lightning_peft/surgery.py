@@ -23,6 +23,7 @@ from lightning_peft.adapter_layer import (
     adapters_named,
     base_modules,
     base_parameters,
+    has_adapter,
     parents_of,
     put_in_place,
     unwrapped,
@@ -39,6 +40,7 @@ from lightning_peft.errors import (
 from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
+from lightning_peft.offloading import forget_offloaded
 from lightning_peft.registry import get_registry
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
 from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
@@ -141,34 +143,21 @@ def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: b
 
 
 def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str, trainable: bool) -> Injection:
-    method = injection.method
     merged = sorted({other for layer in adapter_layers(model).values() for other in layer.merged})
     if merged:
         raise MergeError(
             f"adapter {name!r} cannot go in while {merged[0]!r} is merged into the base; call unmerge_adapters(model) first, or "
             "unload_adapters(model) to make the merged weights the base"
         )
-    overrides = _overrides(model, method, injection.targets, family)
+    _overrides(model, injection.method, injection.targets, family)
     prepare_base(model, [injection], family)
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
-    made: list[tuple[nn.Module, Adapter]] = []
-    fresh: dict[str, Adapter] = {}
-    targets = all_places(model, injection, family)
-    for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items():
-        copies = SavedParameters(unwrapped(modules[path]), names)
-        copies.reset_parameters(unwrapped(modules[path]))
-        made.append((modules[path], copies))
-    for target in targets:
-        module = unwrapped(modules[target.path])
-        adapter = method.at(**overrides.get(target.path, {})).adapter(module, target)
-        adapter.reset_parameters(module)
-        made.append((modules[target.path], adapter))
-        fresh[target.path] = adapter
-    method.connect(model, fresh)
+    made = [(modules[path], adapter) for path, adapter in new_adapters(model, injection, family).items()]
     if not records(model):  # later, what its user unfroze stays so
         freeze(model)
-    parents = parents_of(model)
+    bare = any(not isinstance(module, AdapterLayer) for module, _ in made)
+    parents = parents_of(model) if bare else {}
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
         layer.add(name, adapter, trainable=trainable)
@@ -176,6 +165,27 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
     records(model)[name] = injection
     set_active_adapters(model, [name])
     return injection
+
+
+def new_adapters(model: nn.Module, injection: Injection, family: ModelFamily) -> dict[str, Adapter]:
+    """Return fresh adapters for the places of ``injection`` by module path; the model, prepared for them, does not hold them."""
+    method = injection.method
+    overrides = _overrides(model, method, injection.targets, family)
+    modules = {path: unwrapped(module) for path, module in base_modules(model)}
+    targets = all_places(model, injection, family)
+    copies: dict[str, Adapter] = {
+        path: SavedParameters(modules[path], names)
+        for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items()
+    }
+    fresh: dict[str, Adapter] = {}
+    for path, adapter in copies.items():
+        adapter.reset_parameters(modules[path])
+    for target in targets:
+        adapter = method.at(**overrides.get(target.path, {})).adapter(modules[target.path], target)
+        adapter.reset_parameters(modules[target.path])
+        fresh[target.path] = adapter
+    method.connect(model, fresh)
+    return copies | fresh
 
 
 def freeze(model: nn.Module) -> None:
@@ -195,13 +205,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
     if any(name in layer.merged for layer in layers.values()):
         raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
-    parents = parents_of(model)
+    parents = parents_of(model) if any(len(layer.adapters) == 1 for layer in layers.values()) else {}
     for layer in layers.values():
         layer.delete(name)
         if not layer.adapters:
             put_in_place(layer.base_layer, parents[id(layer)])
     _keep_torch_encoders_calling(model)
     records(model).pop(name, None)
+    forget_offloaded(model, name)
 
 
 @contextlib.contextmanager
@@ -234,6 +245,7 @@ def unload_adapters(model: nn.Module) -> nn.Module:
         put_in_place(layer.base_layer, parents[id(layer)])
     _keep_torch_encoders_calling(model)
     records(model).clear()
+    forget_offloaded(model)
     return model
 
 
@@ -279,7 +291,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ConfigError(
             f"an adapter name is 1 to 64 letters, digits, '_' or '-', and no attribute of nn.ModuleDict such as 'keys', got {name!r}"
         )
-    if name in adapter_names(model):
+    if has_adapter(model, name):
         held = ", ".join(map(repr, adapter_names(model)))
         raise InjectionError(
             f"{type(model).__name__} already has an adapter {name!r} (it holds: {held}); give another name=, or delete_adapter(model, {name!r})"
@@ -331,7 +343,8 @@ def _keep_torch_encoders_calling(model: nn.Module) -> None:
     In eval mode ``nn.TransformerEncoderLayer`` has a fused path that bypasses its modules, but not while anybody listens to
     one of them; ``nn.TransformerEncoder`` then must not hand it nested tensors, which only that path understands.
     """
-    for encoder in model.modules():
+    for _, encoder in base_modules(model):  # the modules of adapters may be many
+        encoder = unwrapped(encoder)
         if not isinstance(encoder, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
             continue
         layers = [layer for layer in encoder.modules() if isinstance(layer, AdapterLayer)]

@@ -7,11 +7,10 @@ never copied to the dtype of the adapter; the small matrices are cast to the dty
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
-from lightning_peft.interfaces import Adapter, Slice, Target
+from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.targets import is_conv1d_linear
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -48,14 +47,30 @@ class LowRankSettings:
     """``float32`` for at least that, ``base`` for the dtype of the base."""
 
 
+@dataclass(frozen=True)
+class RankAxis:
+    """Where a parameter of a low-rank adapter counts the rank."""
+
+    dim: int
+    """The dimension, as long as all blocks together."""
+    blocks: int = 1
+    """Of how many blocks of one rank each the dimension is made."""
+    up: bool = False
+    """Whether it is the matrix after the rank, which a factor of the update can go into."""
+
+
 class LowRankAdapter(Adapter):
     """What the low-rank adapters share: rank, scaling, dropout, and a bias that is trained beside them if asked for."""
 
     bias: nn.Parameter | None
+    paddable: ClassVar[bool] = False
+    """Whether rows of zeros may be added to the pairs; not inherited, since a descendant may hold more than pairs."""
+    in_file: tuple[int, float] | None = None
+    """Rank and scaling in an adapter file, where the pairs are padded with zeros or have taken another scaling in."""
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, weight: str = "weight") -> None:
         super().__init__()
-        self.rank, self.scaling, self.init = settings.rank, settings.scaling, settings.init
+        self.rank, self.method_scaling, self.init = settings.rank, settings.scaling, settings.init
         self.dropout = float(settings.dropout)
         self.file_rank = settings.rank
         like = module.get_parameter("in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight)
@@ -66,6 +81,19 @@ class LowRankAdapter(Adapter):
             self.register_buffer("base_bias", torch.empty_like(self.bias), persistent=False)
         else:
             self.bias = None
+
+    @property
+    def scaling(self) -> float:
+        """The factor of the update: that of the method times :attr:`scale`."""
+        return self.method_scaling * self.scale
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.method_scaling = value
+
+    def rank_axes(self) -> Mapping[str, RankAxis]:
+        """Return the parameters that have a rank, and where."""
+        return {}
 
     def new(self, *shape: int) -> nn.Parameter:
         """Allocate a parameter of the adapter."""
@@ -94,7 +122,7 @@ class LowRankAdapter(Adapter):
         """Add what training changed of the bias to ``output``, along ``channel_dim``."""
         if self.bias is None:
             return output
-        change = (self.bias - self.base_bias).to(output.dtype)  # type: ignore[operator]
+        change = (self.scale * (self.bias - self.base_bias)).to(output.dtype)  # type: ignore[operator]
         return output + (change if channel_dim == -1 else change.view(-1, *[1] * (-channel_dim - 1)))
 
     def merged_with(self, base_layer: nn.Module, **deltas: Tensor) -> dict[str, Tensor]:
@@ -112,7 +140,7 @@ class LowRankAdapter(Adapter):
             merged[name] = (weight.detach().to(wide) + delta.to(wide)).to(weight.dtype)
         if self.bias is not None:
             bias = base_layer.get_parameter("bias").detach()  # it may hold another merged adapter by now
-            change = (self.bias - self.base_bias).detach()  # type: ignore[operator]
+            change = (self.scale * (self.bias - self.base_bias)).detach()  # type: ignore[operator]
             merged["bias"] = (bias.to(change.dtype) + change).to(bias.dtype)
         return merged
 
@@ -128,6 +156,9 @@ class LowRankLinear(LowRankAdapter):
         slices: the slices of the output to adapt; empty for all of it.
     """
 
+    scalable: ClassVar[bool] = True
+    paddable: ClassVar[bool] = True
+
     def __init__(self, settings: LowRankSettings, module: nn.Module, slices: tuple[Slice, ...] = ()) -> None:
         super().__init__(settings, module)
         self.transposed = is_conv1d_linear(module)
@@ -139,6 +170,10 @@ class LowRankLinear(LowRankAdapter):
         self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
         exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
         self._plain: type | None = type(module) if exact else None
+
+    @override
+    def rank_axes(self) -> Mapping[str, RankAxis]:
+        return {"lora_A": RankAxis(0, max(1, len(self.slices))), "lora_B": RankAxis(0, up=True)}
 
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
@@ -231,6 +266,9 @@ class LowRankLinear(LowRankAdapter):
 class LowRankEmbedding(LowRankAdapter):
     """LoRA on ``nn.Embedding``: A (rank, vocabulary) starts at zero, B (dim, rank) at random, both held transposed."""
 
+    scalable: ClassVar[bool] = True
+    paddable: ClassVar[bool] = True
+
     def __init__(self, settings: LowRankSettings, module: nn.Embedding) -> None:
         super().__init__(settings, module)
         if module.max_norm is not None:
@@ -240,6 +278,10 @@ class LowRankEmbedding(LowRankAdapter):
         self.embed_scale = float(getattr(module, "scalar_embed_scale", 1.0))
         self.lora_embedding_A = self.new(module.num_embeddings, self.rank)
         self.lora_embedding_B = self.new(self.rank, module.embedding_dim)
+
+    @override
+    def rank_axes(self) -> Mapping[str, RankAxis]:
+        return {"lora_embedding_A": RankAxis(1), "lora_embedding_B": RankAxis(0, up=True)}
 
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
@@ -267,6 +309,9 @@ class LowRankEmbedding(LowRankAdapter):
 class LowRankConv(LowRankAdapter):
     """LoRA on convolutions: A (rank, in, *kernel) strides over the input as the base does, B (out, rank, 1, ...) mixes."""
 
+    scalable: ClassVar[bool] = True
+    paddable: ClassVar[bool] = True
+
     def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
         super().__init__(settings, module)
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
@@ -274,6 +319,10 @@ class LowRankConv(LowRankAdapter):
         self.settings = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
         self.lora_A = self.new(self.rank, module.in_channels, *module.kernel_size)
         self.lora_B = self.new(module.out_channels, self.rank, *[1] * len(module.kernel_size))
+
+    @override
+    def rank_axes(self) -> Mapping[str, RankAxis]:
+        return {"lora_A": RankAxis(0), "lora_B": RankAxis(1, up=True)}
 
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
@@ -300,69 +349,10 @@ class LowRankConv(LowRankAdapter):
         return self.merged_with(base_layer, weight=self.scaling * delta)
 
 
-class LowRankMultiheadAttention(LowRankAdapter):
-    """LoRA on ``nn.MultiheadAttention``: its joint input projection and its output projection.
-
-    The module reads its weights itself, so the updates are added to the weights for the time of the forward.
-    """
-
-    def __init__(self, settings: LowRankSettings, module: nn.MultiheadAttention, target: Target) -> None:
-        super().__init__(settings, module)
-        for name in ("dropout", "bias"):
-            if getattr(settings, name) not in (0.0, "none"):
-                raise TargetError(
-                    f"LoRA {name}={getattr(settings, name)!r} was asked for at {target.path!r}, an nn.MultiheadAttention, "
-                    f"whose projections are not modules: {name} is not possible there"
-                )
-        width = module.embed_dim
-        self.lora_A, self.lora_B = self.new(self.rank, width), self.new(self.rank, 3 * width)
-        self.out_lora_A, self.out_lora_B = self.new(self.rank, width), self.new(self.rank, width)
-
-    @override
-    def reset_parameters(self, base_layer: nn.Module) -> None:
-        self.reset_down(self.lora_A, self.out_lora_A)
-        nn.init.zeros_(self.lora_B)
-        nn.init.zeros_(self.out_lora_B)
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Return what is added to each weight, (out, in)."""
-        return {
-            "in_proj_weight": self.scaling * (self.lora_B.t() @ self.lora_A),
-            "out_proj.weight": self.scaling * (self.out_lora_B.t() @ self.out_lora_A),
-        }
-
-    @override
-    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Arguments and results are those of ``nn.MultiheadAttention``."""
-        around: list[LowRankMultiheadAttention] = [self]
-        while isinstance(base, functools.partial):  # further adapters inside this one: their updates add up
-            assert isinstance(base.func, LowRankMultiheadAttention)
-            around.append(base.func)
-            base = base.args[0]
-        assert isinstance(base, nn.MultiheadAttention)
-        names = ("in_proj_weight", "out_proj.weight")
-        weights: dict[str, Tensor] = {name: base.get_parameter(name) for name in names}
-        for adapter in around:
-            weights = {name: weights[name] + delta.to(weights[name].dtype) for name, delta in adapter.deltas().items()}
-        return torch.func.functional_call(base, weights, args, kwargs)
-
-    @override
-    def disk_tensors(self) -> dict[str, Tensor]:
-        return {
-            "lora_A.weight": self.lora_A,
-            "lora_B.weight": self.lora_B.t(),
-            "base_layer.out_proj.lora_A.weight": self.out_lora_A,
-            "base_layer.out_proj.lora_B.weight": self.out_lora_B.t(),
-        }
-
-    @override
-    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        deltas = {name.replace(".", "__"): delta.detach() for name, delta in self.deltas().items()}
-        return self.merged_with(base_layer, **deltas)
-
-
 class BiasAdapter(LowRankAdapter):
     """The trained bias of a layer that has no low-rank update, for ``bias='all'``."""
+
+    scalable: ClassVar[bool] = True
 
     def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
         super().__init__(settings, module)

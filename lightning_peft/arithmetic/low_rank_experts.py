@@ -16,7 +16,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class LowRankExperts(LowRankAdapter):
     Raises:
         TargetError: dropout was asked for, or the training of biases that the experts have.
     """
+
+    scalable: ClassVar[bool] = True
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, target: Target) -> None:
         names = fused_parameters(module)

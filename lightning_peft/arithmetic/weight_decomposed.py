@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class _WeightDecomposed(LowRankAdapter):
     """
 
     lora_magnitude_vector: nn.Parameter
+    scalable: ClassVar[bool] = False  # the length of W + s B A does not grow in proportion to s
 
     def __init__(self, settings: LowRankSettings, module: Any, dense: Callable[[nn.Module], Tensor]) -> None:
         super().__init__(settings, module)

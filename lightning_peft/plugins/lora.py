@@ -31,9 +31,9 @@ from lightning_peft.arithmetic.low_rank import (
     LowRankConv,
     LowRankEmbedding,
     LowRankLinear,
-    LowRankMultiheadAttention,
     LowRankSettings,
 )
+from lightning_peft.arithmetic.low_rank_attention import LowRankMultiheadAttention
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
@@ -72,6 +72,9 @@ class LoRA(Method):
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LORA"
+    swappable_fields: ClassVar[frozenset[str]] = frozenset(
+        ("rank", "alpha", "rslora", "init", "rank_pattern", "alpha_pattern")
+    )
     ties: ClassVar[bool] = True
     """Whether the adapters of one weight may share their tensors; a descendant with arithmetic of its own says no."""
 
@@ -222,7 +225,7 @@ class LoRA(Method):
         # The slices of a fused projection are written as one update of stacked rank with the same scaling.
         ranks = {path: adapter.file_rank for path, adapter in places.items()}
         scalings = {
-            path: adapter.scaling * (math.sqrt(ranks[path]) if self.rslora else ranks[path])
+            path: adapter.method_scaling * (math.sqrt(ranks[path]) if self.rslora else ranks[path])
             for path, adapter in places.items()
         }
         rank = Counter(ranks.values()).most_common(1)[0][0]
