@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
     from lightning_peft.adapter_layer import adapter_names as adapter_names
+    from lightning_peft.adapter_tools.combining import combine_adapters as combine_adapters
+    from lightning_peft.adapter_tools.combining import combine_folders as combine_folders
+    from lightning_peft.adapter_tools.comparing import diff_adapters as diff_adapters
+    from lightning_peft.adapter_tools.comparing import spectrum as spectrum
+    from lightning_peft.adapter_tools.conversion import extract_lora as extract_lora
+    from lightning_peft.adapter_tools.conversion import to_lora as to_lora
+    from lightning_peft.adapter_tools.distilling import distil_adapter as distil_adapter
+    from lightning_peft.adapter_tools.pruning import prune_folder as prune_folder
+    from lightning_peft.adapter_tools.pruning import prune_rank as prune_rank
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import Phase as Phase
@@ -155,8 +164,13 @@ _HOME = {
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
     "allocated_ranks": "plugins.adalora",
+    "combine_adapters": "adapter_tools.combining",
+    "combine_folders": "adapter_tools.combining",
     "delete_adapter": "surgery",
+    "diff_adapters": "adapter_tools.comparing",
+    "distil_adapter": "adapter_tools.distilling",
     "drop_adapters": "activation",
+    "extract_lora": "adapter_tools.conversion",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
@@ -167,11 +181,15 @@ _HOME = {
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
     "parameter_groups": "optimization",
+    "prune_folder": "adapter_tools.pruning",
+    "prune_rank": "adapter_tools.pruning",
     "resolve_targets": "targets",
     "save_adapter": "state",
     "save_adapters": "composition",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
+    "spectrum": "adapter_tools.comparing",
+    "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",
