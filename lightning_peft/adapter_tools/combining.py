@@ -244,8 +244,10 @@ def _combined(
     if recipe.method.endswith("_svd"):
         products = [_product(pair) for _, pair in terms]
         weights = [weight for weight, _ in terms]
+        # In the layout of the weight itself, in which random pruning draws.
+        products = [product.t() if like.transposed else product for product in products]
         total = _mixed(recipe.method.removesuffix("_svd"), products, weights, recipe, generator)
-        U, S, Vh = torch.linalg.svd(total, full_matrices=False)
+        U, S, Vh = torch.linalg.svd(total.t() if like.transposed else total, full_matrices=False)
         return _cut(like, (U, S, Vh), rank)
     if len({pair.rank for _, pair in terms}) > 1:
         raise ConfigError(

@@ -45,6 +45,8 @@ class Pair:
     """B (out, rank, ...)."""
     scaling: float = 1.0
     """Factor of the update."""
+    transposed: bool = False
+    """Whether the module holds its weight as (in, out): an embedding, a ``Conv1D``."""
 
     @property
     def rank(self) -> int:
@@ -138,7 +140,8 @@ def updates_in(model: nn.Module, name: str) -> Updates:
             tied.add(path)
         if adapter.tied_parameters and next(adapter.parameters(), None) is None:
             continue  # it acts with the tensors of another place
-        found, rest = _paired(adapter.export_state(), getattr(adapter, "scaling", 1.0))
+        held = bool(getattr(adapter, "transposed", False))
+        found, rest = _paired(adapter.export_state(), getattr(adapter, "scaling", 1.0), held)
         if isinstance(adapter, BiasAdapter) or any(key.endswith("bias") for key in rest):
             raise ConfigError(f"{what} trains the bias of {path!r} too, which is no low-rank update; {_ADVICE}")
         if rest or not found or not isinstance(adapter, LowRankAdapter):
@@ -153,14 +156,14 @@ def updates_in(model: nn.Module, name: str) -> Updates:
 _ADVICE = "convert it with to_lora(model, name, rank=...), or combine with method='task_arithmetic'"
 
 
-def _paired(state: Mapping[str, Tensor], scaling: float) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+def _paired(state: Mapping[str, Tensor], scaling: float, transposed: bool) -> tuple[dict[str, Pair], dict[str, Tensor]]:
     """Return the pairs among the tensors of one place by the name of A there, and the tensors that are left."""
     rest, found = dict(state), {}
     for key in state:
         name = next((name for name in _NAMES if key == name or key.endswith(f".{name}")), None)
         partner = key.removesuffix(name) + _NAMES[name] if name else ""
         if partner in state:
-            found[key] = Pair(down=rest.pop(key), up=rest.pop(partner), scaling=scaling)
+            found[key] = Pair(rest.pop(key), rest.pop(partner), scaling, transposed or key == "lora_embedding_A")
     return found, rest
 
 
@@ -196,7 +199,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
     pairs = {}
     for path in sorted(places, key=_natural):
         scalings[path] = _at(lora, path).scaling
-        pairs[path], rest = _paired(places[path], scalings[path])
+        pairs[path], rest = _paired(places[path], scalings[path], bool(hf.get("fan_in_fan_out")))
         _check_pairs(folder, path, pairs[path], rest)
     if not pairs:
         raise AdapterMismatchError(f"{str(folder.path / WEIGHTS)!r} holds no adapter tensor")

@@ -124,7 +124,7 @@ def our_deltas(model, name="merged"):
     for path, layer in adapter_layers(model).items():
         if name in layer.adapters:
             merged = layer.adapters[name].merged_parameters(_zeroed(layer.base_layer))
-            found[path] = merged["weight"]
+            found |= {path: value for key, value in merged.items() if key == "weight"}
     return found
 
 
