@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import AdapterLayer as AdapterLayer
     from lightning_peft.adapter_layer import adapter_layers as adapter_layers
     from lightning_peft.adapter_layer import adapter_names as adapter_names
+    from lightning_peft.adapter_tools.combining import combine_adapters as combine_adapters
+    from lightning_peft.adapter_tools.combining import combine_folders as combine_folders
+    from lightning_peft.adapter_tools.comparing import diff_adapters as diff_adapters
+    from lightning_peft.adapter_tools.comparing import spectrum as spectrum
+    from lightning_peft.adapter_tools.conversion import extract_lora as extract_lora
+    from lightning_peft.adapter_tools.conversion import to_lora as to_lora
+    from lightning_peft.adapter_tools.distilling import distil_adapter as distil_adapter
+    from lightning_peft.adapter_tools.pruning import prune_folder as prune_folder
+    from lightning_peft.adapter_tools.pruning import prune_rank as prune_rank
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import Phase as Phase
@@ -135,9 +144,9 @@ _HOME = {
     "Fused": "families",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
-    "LitGPTFile": "plugins.litgpt_format",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
+    "LitGPTFile": "plugins.litgpt_format",
     "LoRA": "plugins.lora",
     "LoRAFA": "plugins.lora_fa",
     "LoRAGA": "plugins.lora_ga",
@@ -185,8 +194,13 @@ _HOME = {
     "adapters_scaled": "scaling",
     "allocated_ranks": "plugins.adalora",
     "bring_back_adapters": "offloading",
+    "combine_adapters": "adapter_tools.combining",
+    "combine_folders": "adapter_tools.combining",
     "delete_adapter": "surgery",
+    "diff_adapters": "adapter_tools.comparing",
+    "distil_adapter": "adapter_tools.distilling",
     "drop_adapters": "activation",
+    "extract_lora": "adapter_tools.conversion",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
@@ -200,6 +214,8 @@ _HOME = {
     "offload_adapters": "offloading",
     "pad_adapter_rank": "swapping",
     "parameter_groups": "optimization",
+    "prune_folder": "adapter_tools.pruning",
+    "prune_rank": "adapter_tools.pruning",
     "rename_adapter": "inventory",
     "resolve_targets": "targets",
     "save_adapter": "state",
@@ -207,7 +223,9 @@ _HOME = {
     "scale_adapters": "scaling",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
+    "spectrum": "adapter_tools.comparing",
     "swap_adapter": "swapping",
+    "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",

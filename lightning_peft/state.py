@@ -307,7 +307,6 @@ def fill(
 def planned_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> Injection:
     """Return what :func:`load_adapter` would inject from a folder; the model is left alone. It raises the same errors."""
     return asked_for(model, read_any(path, model), check_base=check_base)[0]
-    return asked_for(model, read_adapter(path), check_base=check_base)[0]
 
 
 def asked_for(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> tuple[Injection, dict[str, Tensor]]:

@@ -1,5 +1,7 @@
 """What methods put around a module: adapters that several methods share, or that are too large for one file with their method.
 
+The last two are what the tools for finished adapters reckon with.
+
 ======================  ===================================================================
 ``low_rank``            LoRA on every kind of layer
 ``low_rank_experts``    on fused experts of three dimensions
@@ -11,5 +13,7 @@
 ``parameter_copies``    trainable copies of a module's own parameters
 ``prefixes``            keys and values in front of those of attention
 ``prompts``             virtual tokens in front of the input
+``thin_products``       measures and best approximations of a product B A that is never written out
+``task_vectors``        one tensor from several: sums, TIES, DARE, pruning
 ======================  ===================================================================
 """

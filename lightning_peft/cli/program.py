@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from lightning_peft import __version__
+from lightning_peft.cli.adapter_verbs import combine, diff, prune, spectrum, to_lora
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import convert, generate, merge
@@ -30,6 +31,11 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "convert": convert,
     "generate": generate,
+    "combine": combine,
+    "diff": diff,
+    "spectrum": spectrum,
+    "prune": prune,
+    "to-lora": to_lora,
     "methods": methods,
     "plugins": plugins,
 }
@@ -37,10 +43,26 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
 
 FLAGS = {
     "merge": {"overwrite": "Replace the model that stands in the output folder."},
+    "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }
 """Arguments of a verb that are given without a value, with their help."""
 
+WORDS: dict[str, dict[str, dict[str, Any]]] = {
+    "combine": {
+        "adapters": {"nargs": "+", "help": "LoRA folders, ours or HF PEFT's."},
+        "--weights": {
+            "nargs": "+",
+            "type": float,
+            "required": True,
+            "help": "One weight for each folder; a negative one takes a task away.",
+        },
+    },
+    "diff": {"a": {"help": "LoRA folder, ours or HF PEFT's."}, "b": {"help": "Another one, of any rank."}},
+    "spectrum": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
+    "prune": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
+}
+"""Arguments of a verb that are given as words without their name, or as several words."""
 
 REFUSALS = ("MisconfigurationException", "SafetensorError")
 """Errors of other libraries that tell their user what is wrong, by name, so that none of these is imported for it."""
@@ -93,7 +115,10 @@ def _parser() -> PlainParser:
         text = (function.__doc__ or "").partition("\n")[0]
         own = PlainParser(description=text)
         flags = FLAGS.get(verb, {})
-        own.add_function_arguments(function, as_group=False, skip=set(flags))
+        words = WORDS.get(verb, {})
+        for word, settings in words.items():
+            own.add_argument(word, **settings)
+        own.add_function_arguments(function, as_group=False, skip={*flags, *(word.lstrip("-") for word in words)})
         for flag, meaning in flags.items():
             own.add_argument(f"--{flag}", action="store_true", help=meaning)
         verbs.add_subcommand(verb, own, help=text)

@@ -1,0 +1,205 @@
+"""What is done with finished adapters as folders: combine, compare, look at singular values, cut the rank, convert to LoRA."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse.typing import PositiveInt
+
+from lightning_peft.cli.model_verbs import Dtype, _base_of, _load, _load_base
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_peft.adapter_tools.report import LowRankReport
+
+
+def combine(
+    adapters: list[str],
+    weights: list[float],
+    output: str,
+    method: str = "svd",
+    rank: PositiveInt | None = None,
+    density: float = 0.5,
+    majority_sign: str = "total",
+    seed: int = 0,
+    check_base: bool = True,
+) -> None:
+    """Make one LoRA folder of several, with weights; no model is loaded.
+
+    Args:
+        adapters: LoRA folders, ours or HF PEFT's.
+        weights: one weight for each folder; a negative one takes a task away.
+        output: folder to write; new or empty.
+        method: svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune, or one of the last four with _svd.
+        rank: rank of the result of svd and its relatives; the largest of the adapters if not given.
+        density: share of elements that pruning keeps.
+        majority_sign: what elects signs in ties: total or frequency.
+        seed: of the random pruning of dare.
+        check_base: whether to refuse folders that were trained on different bases.
+
+    Raises:
+        ConfigError: the output is not empty, or an argument is out of its range.
+        AdapterFileError: a folder cannot be read, or two belong to different bases.
+    """
+    from lightning_peft.adapter_tools.combining import combine_folders
+
+    _check_new(output)
+    report = combine_folders(
+        adapters,
+        output,
+        weights=weights,
+        method=method,  # type: ignore[arg-type]  # an unknown word is refused there
+        rank=rank,
+        density=density,
+        majority_sign=majority_sign,  # type: ignore[arg-type]
+        seed=seed,
+        check_base=check_base,
+    )
+    _print_report(output, report)
+
+
+def diff(a: str, b: str) -> None:
+    """Compare the updates of two LoRA folders, weight by weight.
+
+    Args:
+        a: LoRA folder, ours or HF PEFT's.
+        b: another one, of any rank.
+
+    Raises:
+        AdapterFileError: a folder cannot be read, or the two are for weights of different shapes.
+        ConfigError: a folder is not one of low-rank updates alone.
+    """
+    from lightning_peft.adapter_tools.comparing import diff_adapters, total_difference
+
+    found = diff_adapters(a, b)
+    rows = [["weight", "norm A", "norm B", "norm A-B", "cosine", "output angles", "input angles"]]
+    for label, one in {**found, "all": total_difference(found)}.items():
+        numbers = [_number(value) for value in (one.norm_a, one.norm_b, one.difference, one.cosine)]
+        angles = [
+            f"{math.degrees(held[0]):.0f}-{math.degrees(held[-1]):.0f} deg" if len(held) else "-"
+            for held in (one.output_angles, one.input_angles)
+        ]
+        rows.append([label, *numbers, *angles])
+    _print_table(rows)
+
+
+def spectrum(adapter: str) -> None:
+    """Show the singular values of the updates in a LoRA folder.
+
+    Args:
+        adapter: LoRA folder, ours or HF PEFT's.
+
+    Raises:
+        AdapterFileError: the folder cannot be read.
+        ConfigError: the folder is not one of low-rank updates alone.
+    """
+    from lightning_peft.adapter_tools.comparing import spectrum as measured
+
+    rows = [["weight", "norm", "rank", "effective rank", "stable rank", "largest singular values"]]
+    for label, one in measured(adapter).items():
+        values = " ".join(_number(float(value)) for value in one.values[:6]) + (" ..." if len(one.values) > 6 else "")
+        held = f"{one.rank} of {len(one.values)}"
+        rows.append([label, _number(one.norm), held, f"{one.effective_rank:.2f}", f"{one.stable_rank:.2f}", values])
+    _print_table(rows)
+
+
+def prune(adapter: str, output: str, rank: PositiveInt | None = None, energy: float | None = None) -> None:
+    """Write a LoRA folder in smaller rank: the best approximation of each update.
+
+    Args:
+        adapter: LoRA folder, ours or HF PEFT's.
+        output: folder to write; new or empty.
+        rank: rank to keep.
+        energy: instead of a rank, the share of the sum of squared singular values that each update keeps.
+
+    Raises:
+        ConfigError: the output is not empty, or not one of rank and energy is given.
+        AdapterFileError: the folder cannot be read.
+    """
+    from lightning_peft.adapter_tools.pruning import prune_folder
+
+    _check_new(output)
+    _print_report(output, prune_folder(adapter, output, rank=rank, energy=energy))
+
+
+def to_lora(
+    output: str,
+    adapter: str | None = None,
+    tuned: str | None = None,
+    base: str | None = None,
+    rank: PositiveInt | None = None,
+    energy: float | None = None,
+    dtype: Dtype = "auto",
+    check_base: bool = True,
+    drop_rest: bool = False,
+) -> None:
+    """Turn an adapter of another method, or a model that was trained in full, into a LoRA folder.
+
+    Args:
+        output: folder to write; new or empty.
+        adapter: adapter folder of any mergeable method.
+        tuned: instead of an adapter, a model folder or hub id: what was made of the base by training it.
+        base: local folder or hub id of the base; what the adapter was trained on if not given.
+        rank: rank of the LoRA.
+        energy: instead of a rank, the share of the sum of squared singular values that each weight keeps.
+        dtype: precision of the weights; auto is that of the base.
+        check_base: whether to refuse a base other than the one the adapter was trained on.
+        drop_rest: leave out parameters that a LoRA has no update for, such as those of norms.
+
+    Raises:
+        ConfigError: the output is not empty, not one of adapter and tuned is given, or a LoRA cannot hold the change.
+        AdapterFileError: the adapter cannot be read or does not fit the base.
+        MergeError: the method of the adapter cannot be merged.
+    """
+    from lightning_peft.adapter_tools import conversion
+    from lightning_peft.arithmetic.thin_products import check_rank_or_energy
+    from lightning_peft.state import save_adapter
+
+    if (adapter is None) == (tuned is None) or (tuned is not None and base is None):
+        raise ConfigError("to-lora needs --adapter FOLDER, or --tuned FOLDER_OR_ID with --base FOLDER_OR_ID")
+    check_rank_or_energy(rank, energy)
+    _check_new(output)
+    model = _load_base(base or _base_of(str(adapter)), dtype)
+    if tuned is not None:
+        changed = _load_base(tuned, dtype)
+        report = conversion.extract_lora(model, changed, rank=rank, energy=energy, name="lora", drop_rest=drop_rest)
+    else:
+        _load(model, str(adapter), check_base)
+        report = conversion.to_lora(model, rank=rank, energy=energy, new_name="lora", drop_rest=drop_rest)
+    save_adapter(model, output, name="lora")
+    _print_report(output, report)
+
+
+def _check_new(output: str) -> None:
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {output!r} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--output {output!r} is not empty; name another folder")
+
+
+def _print_report(output: str, report: LowRankReport) -> None:
+    rows = [["weight", "rank", "relative error"]]
+    for label, rank in report.ranks.items():
+        rows.append([label, str(rank), f"{report.errors[label]:.2e}" if label in report.errors else "-"])
+    _print_table(rows)
+    for name in report.left_out:
+        print(f"left out: {name}")
+    whole = f", relative error {report.error:.2e}" if report.errors else ""
+    print(f"{output}: {len(report.ranks)} weights{whole}")
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
