@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_layer import adapter_names as adapter_names
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_peft.callbacks import MergeAdapters as MergeAdapters
     from lightning_peft.callbacks import Phase as Phase
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
     from lightning_peft.interfaces import Target as Target
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
+    from lightning_peft.merged_copies import merged_copy as merged_copy
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
     from lightning_peft.module import PEFTModule as PEFTModule
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
+    from lightning_peft.out_of_core import merge_folder as merge_folder
     from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
     from lightning_peft.plugins.adalora import allocated_ranks as allocated_ranks
     from lightning_peft.plugins.bitfit import BitFit as BitFit
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.top_layers import TopLayers as TopLayers
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
+    from lightning_peft.quantized_merging import MergeReport as MergeReport
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
@@ -120,6 +124,8 @@ _HOME = {
     "LoRAMixture": "plugins.lora_mixture",
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
+    "MergeAdapters": "callbacks",
+    "MergeReport": "quantized_merging",
     "Method": "interfaces",
     "MixLoRA": "plugins.mix_lora",
     "MoEUpcycling": "plugins.moe_upcycling",
@@ -166,6 +172,8 @@ _HOME = {
     "load_adapters": "composition",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
+    "merge_folder": "out_of_core",
+    "merged_copy": "merged_copies",
     "parameter_groups": "optimization",
     "resolve_targets": "targets",
     "save_adapter": "state",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter_layer import AdapterLayer, base_modules, base_parameters, unwrapped
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters
 from lightning_peft.quantized_layers import packed_layers
 
 SAMPLES = 16
@@ -87,7 +87,7 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
 def packed_digests(model: nn.Module) -> dict[str, str]:
     """Return a hash of the packed weight and the scales of every quantised linear layer of the base, by path."""
     found = {}
-    for path, module in packed_layers(model).items():
+    for path, module in packed_layers(model, original=True).items():
         state = module.state_dict()  # the scales are no parameters, but they are here
         digest = hashlib.sha256()
         for key in sorted(key for key in state if key != "bias"):
@@ -105,7 +105,8 @@ def packed_digests(model: nn.Module) -> dict[str, str]:
 def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     """Return the fingerprint of the base of an adapted ``model`` as it is stored.
 
-    Parameters of the base that are trained are listed with the quantised ones: they are not compared.
+    Parameters of the base that are trained, or that a merge overwrote for good, are listed with the quantised ones: they are
+    not compared.
 
     Args:
         model: the adapted model.
@@ -115,10 +116,21 @@ def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     if found is None:
         return {"digest": None, "tensors": {}, "quantized": []}
     trained = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
+    trained |= _overwritten(model)
     left_out = sorted(quantized_names(model) | trained)
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
     found_packed = {"packed": packed_digests(model)} if packed else {}
     return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
+
+
+def _overwritten(model: nn.Module) -> frozenset[str]:
+    """Return the names of base parameters at places where an adapter was merged and the originals were not kept."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, layer in adapter_layers(model).items()
+        if layer.permanent
+        for name, _ in layer.base_layer.named_parameters(recurse=False)
+    )
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -148,8 +160,10 @@ def _same(one: str | None, other: str | None) -> bool:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for path, module in base_modules(model):
-        originals = module._originals if isinstance(module, AdapterLayer) else {}
-        for name, parameter in unwrapped(module).named_parameters(recurse=False):
+        adapted = isinstance(module, AdapterLayer)
+        originals = module._originals if adapted else {}
+        base = module.original_base if adapted else module
+        for name, parameter in base.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{name}" if path else name), originals.get(name, parameter.data)

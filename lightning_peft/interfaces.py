@@ -197,6 +197,8 @@ class Method(Named, ABC):
     """The adapter can be folded into the weights of the base."""
     merge_refusal: ClassVar[str] = "a method that cannot be merged into the base"
     """How :class:`~lightning_peft.errors.MergeError` goes on after naming the adapter, where ``mergeable`` is false."""
+    merges_quantized: ClassVar[bool] = False
+    """The adapter can be folded into a quantised base if that is asked for: see ``quantized`` of :func:`~lightning_peft.merge_adapters`."""
     row_routable: ClassVar[bool] = False
     """The adapter acts on each row (first dimension) of its input on its own."""
     composable: ClassVar[bool] = True
@@ -357,6 +359,14 @@ class Quantizer(Named, ABC):
         Methods that need the weight itself (DoRA) work only over layers that a registered quantizer knows by this.
         """
         return False
+
+    @classmethod
+    def settings_of(cls, module: nn.Module) -> Self | None:
+        """Return the quantizer, with its settings, that makes layers such as ``module``, or None where these cannot be read from it.
+
+        A merge into a quantised layer asks for it, to quantise the merged weight again in the same way.
+        """
+        return None if dataclasses.fields(cls) else cls()  # type: ignore[arg-type]
 
 
 class EvalTask(Named, ABC):
