@@ -11,7 +11,7 @@ elements are the same if they differ by one step of bfloat16 at most. Packed wei
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,7 @@ def fingerprint(model: nn.Module) -> Fingerprint | None:
         for index, part in zip(indices, torch.split(joined, sizes), strict=True):
             samples[index] = part
     return Fingerprint(
-        {
-            name: "x".join(map(str, tensor.shape)) + ":" + sample.view(torch.int16).numpy().tobytes().hex()
-            for (name, tensor), sample in zip(named, samples, strict=True)
-        }
+        {name: described(tensor.shape, sample) for (name, tensor), sample in zip(named, samples, strict=True)}
     )
 
 
@@ -136,9 +133,18 @@ def _overwritten(model: nn.Module) -> frozenset[str]:
 def _sample(tensor: Tensor) -> Tensor:
     whole: Any = tensor.detach()
     flat: Tensor = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)  # sharded, or not
-    count = min(SAMPLES, flat.numel())
-    places = torch.linspace(0, max(0, flat.numel() - 1), count, dtype=torch.float64).long().to(flat.device)
-    return flat[places].to(torch.float32).to(torch.bfloat16)
+    return flat[sampled_places(flat.numel()).to(flat.device)].to(torch.float32).to(torch.bfloat16)
+
+
+def sampled_places(elements: int) -> Tensor:
+    """Return which of so many elements are sampled."""
+    return torch.linspace(0, max(0, elements - 1), min(SAMPLES, elements), dtype=torch.float64).long()
+
+
+def described(shape: Sequence[int], sample: Tensor) -> str:
+    """Return the entry of a parameter of that shape from its sampled elements."""
+    rounded = sample.to(torch.float32).to(torch.bfloat16)
+    return "x".join(map(str, shape)) + ":" + rounded.view(torch.int16).numpy().tobytes().hex()
 
 
 def _same(one: str | None, other: str | None) -> bool:

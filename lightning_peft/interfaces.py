@@ -380,6 +380,8 @@ class EvalTask(Named, ABC):
 class Exporter(Named, ABC):
     """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""
 
+    merges: ClassVar[bool] = False
+    """The active adapters are merged into what is written, so that they must be of methods that merge."""
     atomic: ClassVar[bool] = False
     """The folder is written wholly or not at all, so nobody needs to have it written elsewhere and moved."""
 
