@@ -45,7 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         free = shutil.disk_usage(temporary).free
         if free < 2.5 * size:
-            print(f"skipped: needs {2.5 * size / 1e9:.0f} GB on the disk, {free / 1e9:.0f} GB are free; try fewer --layers")
+            print(
+                f"skipped: needs {2.5 * size / 1e9:.0f} GB on the disk, {free / 1e9:.0f} GB are free; try fewer --layers"
+            )
             return
         folder = Path(temporary)
         shards = write_base(model, config, folder / "base", options.shard)
@@ -54,8 +56,12 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, CHILD, temporary], capture_output=True, text=True, check=True)
         seconds = time.perf_counter() - started
         report = json.loads(done.stdout.splitlines()[-1])
-        print(f"{size / 1e9:.1f} GB in {shards} shards, rank {options.rank}: {seconds:.0f} s with start-up, merge {report['seconds']:.0f} s,")
-        print(f"peak resident set {report['peak'] / 2**20:.2f} GiB, of which {report['imports'] / 2**20:.2f} GiB are imports")
+        print(
+            f"{size / 1e9:.1f} GB in {shards} shards, rank {options.rank}: {seconds:.0f} s with start-up, merge {report['seconds']:.0f} s,"
+        )
+        print(
+            f"peak resident set {report['peak'] / 2**20:.2f} GiB, of which {report['imports'] / 2**20:.2f} GiB are imports"
+        )
 
 
 def write_base(model: torch.nn.Module, config: LlamaConfig, folder: Path, limit: float) -> int:

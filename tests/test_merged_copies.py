@@ -40,7 +40,11 @@ def test_the_copy_is_the_merged_model_and_the_original_stays(make, share):
     unmerge_adapters(model)
     assert all(torch.equal(before[name], value) for name, value in tensors(model).items())
     assert torch.equal(outputs(model, BATCH), out)
-    own = {p.untyped_storage().data_ptr(): p for p in twin.parameters() if p.untyped_storage().data_ptr() not in places(model)}
+    own = {
+        p.untyped_storage().data_ptr(): p
+        for p in twin.parameters()
+        if p.untyped_storage().data_ptr() not in places(model)
+    }
     if share:  # what merging changed, and nothing else
         assert len(own) == len(adapter_layers(model))
     else:

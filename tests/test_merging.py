@@ -258,7 +258,9 @@ def test_what_was_merged_without_keeping_originals_is_not_unmerged_disabled_or_m
     set_active_adapters(model, ["a", "b"])
     merge_adapters(model, "a", keep_originals=False)
     before = bits(model)
-    why = r"it was merged at '0' with keep_originals=False, so the weights that it replaced are gone; load the base again"
+    why = (
+        r"it was merged at '0' with keep_originals=False, so the weights that it replaced are gone; load the base again"
+    )
     with pytest.raises(MergeError, match=f"adapter 'a' cannot be taken out: {why}"):
         unmerge_adapters(model)
     with pytest.raises(MergeError, match=f"adapter 'a' cannot be disabled: {why}"), adapters_disabled(model):

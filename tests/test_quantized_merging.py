@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from lightning_peft import LoftQ, LoRA, QLoRA, adapter_layers, adapters_disabled, inject, merge_adapters, unmerge_adapters
+from lightning_peft import (
+    LoftQ,
+    LoRA,
+    QLoRA,
+    adapter_layers,
+    adapters_disabled,
+    inject,
+    merge_adapters,
+    unmerge_adapters,
+)
 from lightning_peft.errors import MergeError
 from lightning_peft.fingerprint import packed_digests
 from lightning_peft.merging import outputs
@@ -13,7 +22,9 @@ from lightning_peft.testing import tiny_llama, token_batch
 BATCH = token_batch()
 METHODS = {
     "nf4": QLoRA(rank=4, compute_dtype="float32"),
-    "fp4 in large blocks": QLoRA(rank=4, quantization="fp4", block_size=128, double_quantization=False, skip=["re:.*attn.*", "gate", "up"]),
+    "fp4 in large blocks": QLoRA(
+        rank=4, quantization="fp4", block_size=128, double_quantization=False, skip=["re:.*attn.*", "gate", "up"]
+    ),
     "int8": QLoRA(rank=4, quantization="int8"),
     "loftq": LoftQ(rank=4, compute_dtype="float32"),
 }
@@ -40,7 +51,10 @@ def test_the_report_is_what_the_weights_say_and_unmerging_restores_every_bit(met
     wanted = {}
     for path, module in packed_layers(model).items():
         adapter = adapter_layers(model)[path].adapters["default"]
-        wanted[path] = (dense_weight(module).double(), adapter.scaling * (adapter.lora_B.double().t() @ adapter.lora_A.double()))
+        wanted[path] = (
+            dense_weight(module).double(),
+            adapter.scaling * (adapter.lora_B.double().t() @ adapter.lora_A.double()),
+        )
     settings = {path: packing_quantizer(module).settings_of(module) for path, module in packed_layers(model).items()}
     report = merge_adapters(model, quantized="requantize", probe=BATCH)
     now = packed_layers(model)
