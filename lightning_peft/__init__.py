@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_tools.pruning import prune_rank as prune_rank
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_peft.callbacks import MergeAdapters as MergeAdapters
     from lightning_peft.callbacks import Phase as Phase
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from lightning_peft.inventory import rename_adapter as rename_adapter
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
+    from lightning_peft.merged_copies import merged_copy as merged_copy
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
     from lightning_peft.mixin import PEFTMixin as PEFTMixin
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from lightning_peft.offloading import offload_adapters as offload_adapters
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
+    from lightning_peft.out_of_core import merge_folder as merge_folder
     from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
     from lightning_peft.plugins.adalora import allocated_ranks as allocated_ranks
     from lightning_peft.plugins.bitfit import BitFit as BitFit
@@ -99,6 +102,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.torchtune_format import TorchtuneFile as TorchtuneFile
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
+    from lightning_peft.quantized_merging import MergeReport as MergeReport
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.routers import Assignment as Assignment
     from lightning_peft.routers import Router as Router
@@ -154,6 +158,8 @@ _HOME = {
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "LoralibFile": "plugins.loralib_format",
+    "MergeAdapters": "callbacks",
+    "MergeReport": "quantized_merging",
     "Method": "interfaces",
     "MixLoRA": "plugins.mix_lora",
     "MoEUpcycling": "plugins.moe_upcycling",
@@ -211,6 +217,8 @@ _HOME = {
     "load_adapters": "composition",
     "materialize_adapters": "surgery",
     "merge_adapters": "merging",
+    "merge_folder": "out_of_core",
+    "merged_copy": "merged_copies",
     "offload_adapters": "offloading",
     "pad_adapter_rank": "swapping",
     "parameter_groups": "optimization",

@@ -103,9 +103,14 @@ def drop_adapters(model: nn.Module, layers: int, *, name: str = "default") -> No
 
 @contextlib.contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Let ``model`` be the base, bit for bit, for the time of a ``with`` block; merged adapters are taken out too."""
+    """Let ``model`` be the base, bit for bit, for the time of a ``with`` block; merged adapters are taken out too.
+
+    Raises:
+        MergeError: an adapter was merged without keeping the weights it replaced.
+    """
     layers = list(adapter_layers(model).values())
-    merged = [(layer, layer.merged) for layer in layers if layer.merged]
+    refuse_permanent(model, "disabled")
+    merged = [(layer, layer.merge_state()) for layer in layers if layer.merged]
     enabled = [(layer, layer._enabled) for layer in layers]
     for layer, _ in merged:
         layer.unmerge()
@@ -116,5 +121,15 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer, was_enabled in enabled:
             layer.enable(was_enabled)
-        for layer, names in merged:
-            layer.merge(names)
+        for layer, state in merged:
+            layer.restore_merge(state)
+
+
+def refuse_permanent(model: nn.Module, what: str) -> None:
+    """Refuse to take merged adapters out where the weights they replaced are gone."""
+    for path, layer in adapter_layers(model).items():
+        if layer.permanent:
+            raise MergeError(
+                f"adapter {layer.permanent[0]!r} cannot be {what}: it was merged at {path!r} with keep_originals=False, so the weights that "
+                "it replaced are gone; load the base again"
+            )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,24 @@ from lightning_peft.interfaces import Adapter
 
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
+
+
+@dataclass(frozen=True)
+class MergeState:
+    """What is merged at one place: the tensors themselves, not copies of them."""
+
+    base_layer: nn.Module
+    """The module that is wrapped."""
+    values: Mapping[str, Tensor]
+    """Its parameters."""
+    merged: tuple[str, ...]
+    """Names of the merged adapters."""
+    originals: Mapping[str, Tensor]
+    """What merging replaced, by parameter name."""
+    replaced: tuple[nn.Module, ...]
+    """The module that merging replaced, if it did."""
+    permanent: tuple[str, ...]
+    """Names of the adapters that were merged without keeping what they replaced."""
 
 
 class AdapterLayer(nn.Module):
@@ -44,6 +63,10 @@ class AdapterLayer(nn.Module):
         # What merging replaced: adapter names, and parameter name -> its value before.
         self._merged: tuple[str, ...] = ()
         self._originals: dict[str, Tensor] = {}
+        # The module that merging replaced, where its weight cannot take an update. A tuple, as it is no part of the model.
+        self._replaced: tuple[nn.Module, ...] = ()
+        # Those of the merged adapters whose merge cannot be undone.
+        self._permanent: tuple[str, ...] = ()
         # The adapters that act in forward, outermost last. A tuple, so that modules in it are not registered twice.
         self._stack: tuple[Adapter, ...] = ()
 
@@ -71,6 +94,16 @@ class AdapterLayer(nn.Module):
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are folded into the weights of the base at the moment."""
         return self._merged
+
+    @property
+    def permanent(self) -> tuple[str, ...]:
+        """Names of the merged adapters that cannot be taken out again, as the weights they replaced were not kept."""
+        return self._permanent
+
+    @property
+    def original_base(self) -> nn.Module:
+        """The module of the base that stood here before a merge replaced it, or the one that is wrapped."""
+        return self._replaced[0] if self._replaced else self.base_layer
 
     def add(self, name: str, adapter: Adapter, *, trainable: bool) -> None:
         """Add ``adapter`` under ``name``, inactive."""
@@ -136,8 +169,12 @@ class AdapterLayer(nn.Module):
     # -- merging ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, names: Sequence[str]) -> None:
-        """Fold the adapters ``names`` that live here into the base, keeping the original tensors for :meth:`unmerge`.
+    def merge(self, names: Sequence[str], *, keep_originals: bool = True) -> None:
+        """Fold the adapters ``names`` that live here into the base.
+
+        Args:
+            names: the adapters.
+            keep_originals: keep the original tensors for :meth:`unmerge`.
 
         Raises:
             MergeError: one is merged already, cannot be merged, or would give non-finite weights. Nothing is changed then.
@@ -168,6 +205,36 @@ class AdapterLayer(nn.Module):
             raise
         self._originals = originals | self._originals
         self._merged += tuple(names)
+        if names and not keep_originals:
+            self._originals, self._replaced, self._permanent = {}, (), self._merged
+        self._refresh()
+
+    def replace_merged(self, module: nn.Module, names: Sequence[str], *, keep_originals: bool = True) -> None:
+        """Wrap ``module``, which acts as the base with the adapters ``names`` folded in and all that was merged before.
+
+        Args:
+            module: what is wrapped from now on.
+            names: the adapters, innermost first.
+            keep_originals: keep the module that stood here for :meth:`unmerge`.
+        """
+        self._replaced, self._originals = (self.original_base,), {}
+        self.base_layer = module
+        self._merged += tuple(names)
+        if not keep_originals:
+            self._replaced, self._permanent = (), self._merged
+        self._refresh()
+
+    def merge_state(self) -> MergeState:
+        """Return what is merged here, for :meth:`restore_merge`. Nothing is copied, but what was replaced since stays in memory."""
+        values = {key: p.data for key, p in self.base_layer.named_parameters() if p.is_floating_point()}
+        return MergeState(self.base_layer, values, self._merged, dict(self._originals), self._replaced, self._permanent)
+
+    def restore_merge(self, state: MergeState) -> None:
+        """Have merged what was merged when ``state`` was taken, bit for bit."""
+        self.base_layer = state.base_layer
+        self._restore(state.values)
+        self._merged, self._permanent = state.merged, state.permanent
+        self._originals, self._replaced = dict(state.originals), state.replaced
         self._refresh()
 
     def _check_mergeable(self, name: str, names: Sequence[str], order: Mapping[str, int]) -> None:
@@ -183,12 +250,15 @@ class AdapterLayer(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the original tensors of the base back, bit for bit."""
+        """Put the original tensors of the base back, bit for bit; what was merged without keeping them stays merged."""
+        if self._replaced:
+            now = next(self.base_layer.parameters()).device
+            self.base_layer = self._replaced[0].to(now)
         self._restore(self._originals)
-        self._originals, self._merged = {}, ()
+        self._originals, self._replaced, self._merged = {}, (), self._permanent
         self._refresh()
 
-    def _restore(self, originals: dict[str, Tensor]) -> None:
+    def _restore(self, originals: Mapping[str, Tensor]) -> None:
         for key, value in originals.items():
             parameter = self.base_layer.get_parameter(key)
             parameter.data = value.to(parameter.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,18 @@ def check_shared(folder: AdapterFolder, adapters: Mapping[str, Adapter], tensors
 
 def refuse_other_base(model: nn.Module, folder: AdapterFolder) -> None:
     """Refuse a base other than the one that the adapter was trained on, where the folder says which that was."""
-    base = (folder.own or {}).get("base") or {}
     here = fp.fingerprint(model)
-    if not base.get("tensors") or here is None:
+    if here is not None:
+        refuse_different(model, folder, here, fp.quantized_names(model))
+
+
+def refuse_different(model: nn.Module, folder: AdapterFolder, here: fp.Fingerprint, left_out: Set[str]) -> None:
+    """Refuse the base ``model`` of the fingerprint ``here``, which is not compared in the parameters ``left_out``."""
+    base = (folder.own or {}).get("base") or {}
+    if not base.get("tensors"):
         return
     stored = fp.Fingerprint(base["tensors"])
-    different = stored.differences(here, fp.quantized_names(model) | frozenset(base.get("quantized") or ()))
+    different = stored.differences(here, frozenset(left_out) | frozenset(base.get("quantized") or ()))
     if different:
         raise BaseMismatchError(
             f"{str(folder.path)!r} was trained on the base {base.get('name_or_path') or base.get('class')!r} with fingerprint {stored.digest}, but "

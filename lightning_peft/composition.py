@@ -249,6 +249,13 @@ def holds_several(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
+def saved_adapters(path: str | Path) -> dict[str, Path]:
+    """Return the folders of the adapters of a folder that were active when they were saved, by name, the innermost first."""
+    folder = Path(path)
+    active = _index(folder)[1] if holds_several(folder) else ["default"]
+    return {name: _folder_of(folder, name) for name in active}
+
+
 def first_adapter(path: str | Path) -> Path:
     """Return the folder of the first adapter of a folder, which is the folder itself where there is one adapter."""
     folder = Path(path)

@@ -11,14 +11,14 @@ elements are the same if they differ by one step of bfloat16 at most. Packed wei
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapter_layer import AdapterLayer, base_modules, base_parameters, unwrapped
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters
 from lightning_peft.quantized_layers import packed_layers
 
 SAMPLES = 16
@@ -72,10 +72,7 @@ def fingerprint(model: nn.Module) -> Fingerprint | None:
         for index, part in zip(indices, torch.split(joined, sizes), strict=True):
             samples[index] = part
     return Fingerprint(
-        {
-            name: "x".join(map(str, tensor.shape)) + ":" + sample.view(torch.int16).numpy().tobytes().hex()
-            for (name, tensor), sample in zip(named, samples, strict=True)
-        }
+        {name: described(tensor.shape, sample) for (name, tensor), sample in zip(named, samples, strict=True)}
     )
 
 
@@ -87,7 +84,7 @@ def quantized_names(model: nn.Module) -> frozenset[str]:
 def packed_digests(model: nn.Module) -> dict[str, str]:
     """Return a hash of the packed weight and the scales of every quantised linear layer of the base, by path."""
     found = {}
-    for path, module in packed_layers(model).items():
+    for path, module in packed_layers(model, original=True).items():
         state = module.state_dict()  # the scales are no parameters, but they are here
         digest = hashlib.sha256()
         for key in sorted(key for key in state if key != "bias"):
@@ -105,7 +102,8 @@ def packed_digests(model: nn.Module) -> dict[str, str]:
 def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     """Return the fingerprint of the base of an adapted ``model`` as it is stored.
 
-    Parameters of the base that are trained are listed with the quantised ones: they are not compared.
+    Parameters of the base that are trained, or that a merge overwrote for good, are listed with the quantised ones: they are
+    not compared.
 
     Args:
         model: the adapted model.
@@ -115,18 +113,38 @@ def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     if found is None:
         return {"digest": None, "tensors": {}, "quantized": []}
     trained = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
+    trained |= _overwritten(model)
     left_out = sorted(quantized_names(model) | trained)
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
     found_packed = {"packed": packed_digests(model)} if packed else {}
     return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
 
 
+def _overwritten(model: nn.Module) -> frozenset[str]:
+    """Return the names of base parameters at places where an adapter was merged and the originals were not kept."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, layer in adapter_layers(model).items()
+        if layer.permanent
+        for name, _ in layer.base_layer.named_parameters(recurse=False)
+    )
+
+
 def _sample(tensor: Tensor) -> Tensor:
     whole: Any = tensor.detach()
     flat: Tensor = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)  # sharded, or not
-    count = min(SAMPLES, flat.numel())
-    places = torch.linspace(0, max(0, flat.numel() - 1), count, dtype=torch.float64).long().to(flat.device)
-    return flat[places].to(torch.float32).to(torch.bfloat16)
+    return flat[sampled_places(flat.numel()).to(flat.device)].to(torch.float32).to(torch.bfloat16)
+
+
+def sampled_places(elements: int) -> Tensor:
+    """Return which of so many elements are sampled."""
+    return torch.linspace(0, max(0, elements - 1), min(SAMPLES, elements), dtype=torch.float64).long()
+
+
+def described(shape: Sequence[int], sample: Tensor) -> str:
+    """Return the entry of a parameter of that shape from its sampled elements."""
+    rounded = sample.to(torch.float32).to(torch.bfloat16)
+    return "x".join(map(str, shape)) + ":" + rounded.view(torch.int16).numpy().tobytes().hex()
 
 
 def _same(one: str | None, other: str | None) -> bool:
@@ -148,8 +166,10 @@ def _same(one: str | None, other: str | None) -> bool:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for path, module in base_modules(model):
-        originals = module._originals if isinstance(module, AdapterLayer) else {}
-        for name, parameter in unwrapped(module).named_parameters(recurse=False):
+        adapted = isinstance(module, AdapterLayer)
+        originals = module._originals if adapted else {}
+        base = module.original_base if adapted else module
+        for name, parameter in base.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{name}" if path else name), originals.get(name, parameter.data)

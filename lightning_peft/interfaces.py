@@ -201,6 +201,8 @@ class Method(Named, ABC):
     """The adapter can be folded into the weights of the base."""
     merge_refusal: ClassVar[str] = "a method that cannot be merged into the base"
     """How :class:`~lightning_peft.errors.MergeError` goes on after naming the adapter, where ``mergeable`` is false."""
+    merges_quantized: ClassVar[bool] = False
+    """The adapter can be folded into a quantised base if that is asked for: see ``quantized`` of :func:`~lightning_peft.merge_adapters`."""
     row_routable: ClassVar[bool] = False
     """The adapter acts on each row (first dimension) of its input on its own."""
     composable: ClassVar[bool] = True
@@ -365,6 +367,14 @@ class Quantizer(Named, ABC):
         """
         return False
 
+    @classmethod
+    def settings_of(cls, module: nn.Module) -> Self | None:
+        """Return the quantizer, with its settings, that makes layers such as ``module``, or None where these cannot be read from it.
+
+        A merge into a quantised layer asks for it, to quantise the merged weight again in the same way.
+        """
+        return None if dataclasses.fields(cls) else cls()  # type: ignore[arg-type]
+
 
 class EvalTask(Named, ABC):
     """A measurement of a model. A frozen dataclass, like :class:`Method`."""
@@ -377,6 +387,8 @@ class EvalTask(Named, ABC):
 class Exporter(Named, ABC):
     """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""
 
+    merges: ClassVar[bool] = False
+    """The active adapters are merged into what is written, so that they must be of methods that merge."""
     atomic: ClassVar[bool] = False
     """The folder is written wholly or not at all, so nobody needs to have it written elsewhere and moved."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lightning_peft.activation import active_adapters, alone
+from lightning_peft.activation import active_adapters, alone, refuse_permanent
 from lightning_peft.adapter_layer import (
     AdapterLayer,
     adapter_layers,
@@ -16,23 +18,80 @@ from lightning_peft.adapter_layer import (
     base_modules,
     unwrapped,
 )
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded
+from lightning_peft.quantized_layers import is_packed
+from lightning_peft.quantized_merging import MergeReport, Quantized, WeightError, dense_dtype, merge_quantized
 from lightning_peft.saved_modules import acts_alone
 
 
-def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -> None:
+def merge_adapters(
+    model: nn.Module,
+    names: Sequence[str] | str | None = None,
+    *,
+    quantized: Quantized = "refuse",
+    keep_originals: bool = True,
+    probe: Any = None,
+) -> MergeReport:
     """Fold adapters into the weights of the base, in place; :func:`unmerge_adapters` restores the base bit for bit.
 
     Args:
         model: an adapted model.
         names: adapters to merge; the active ones that are not merged yet if None.
+        quantized: what to do where the base is quantised: ``refuse``; ``dequantize`` puts a weight in the precision of the rest of the
+            model there, which loses next to nothing and takes the memory; ``requantize`` quantises the merged weight again with the
+            settings it was quantised with, which loses a part of the update.
+        keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone.
+        probe: a batch, as the model takes it (keyword arguments in a mapping, or a tensor), to compare outputs before and after.
+
+    Returns:
+        The errors of the weights of quantised layers, and of the outputs where ``probe`` was given.
 
     Raises:
         AdapterNotFoundError: the model has none of them.
+        ConfigError: an argument is out of its range, or an adapter is not active that ``probe`` is to measure.
         MergeError: one is merged already, its method cannot merge, a weight is shared with a module that is not
             adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
+    """
+    if quantized not in get_args(Quantized):
+        raise ConfigError(f"quantized must be one of {', '.join(get_args(Quantized))}, got {quantized!r}")
+    names = chosen_names(model, names)
+    check_mergeable(model, names, quantized)
+    fetch_offloaded(model, names)
+    if probe is not None and (idle := [name for name in names if name not in active_adapters(model)]):
+        raise ConfigError(
+            f"probe compares with the adapted model, but adapter {idle[0]!r} is not active; activate it first"
+        )
+    expected = None if probe is None else outputs(model, probe)
+    layers = adapter_layers(model)
+    errors: dict[str, WeightError] = {}
+    dtype = dense_dtype(model)
+    before = {path: layer.merge_state() for path, layer in layers.items()} if keep_originals else {}
+    if not keep_originals:  # what is overwritten does not come back, so everything is tried first
+        for layer in layers.values():
+            state = layer.merge_state()
+            try:
+                _merge_layer(layer, names, quantized, dtype, True)
+            finally:
+                layer.restore_merge(state)
+    try:
+        for path, layer in layers.items():
+            error = _merge_layer(layer, names, quantized, dtype, keep_originals)
+            if error is not None:
+                errors[path] = error
+        return MergeReport(errors, *(() if expected is None else _compared(expected, outputs(model, probe))))
+    except BaseException:
+        for path, merged in before.items():
+            layers[path].restore_merge(merged)
+        raise
+
+
+def chosen_names(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
+    """Return the adapters that a merge is about: those named, or the active ones that are not merged yet.
+
+    Raises:
+        MergeError: none is named and none is active.
     """
     if names is None:
         merged = {name for layer in adapter_layers(model).values() for name in layer.merged}
@@ -44,54 +103,88 @@ def merge_adapters(model: nn.Module, names: Sequence[str] | str | None = None) -
         raise MergeError(
             f"no adapter was named and none is active: {type(model).__name__} holds {', '.join(map(repr, adapter_names(model)))}"
         )
+    return names
+
+
+def check_mergeable(model: nn.Module, names: Sequence[str], quantized: Quantized = "refuse") -> None:
+    """Refuse what can be seen not to merge without computing anything.
+
+    Raises:
+        AdapterNotFoundError: the model has none of ``names``.
+        MergeError: a method cannot merge, a weight is shared, or adapters that act alone would be merged over each other.
+    """
     for name in names:
         adapters_named(model, name)
         held = records(model).get(name)
         if held is not None and not held.method.mergeable:
+            if held.method.merges_quantized and quantized != "refuse":
+                continue
             raise MergeError(f"adapter {name!r} is a {held.method.name!r} adapter, {held.method.merge_refusal}")
     _refuse_shared(model, names)
     _refuse_several(model, names)
-    fetch_offloaded(model, names)
-    done: list[tuple[AdapterLayer, tuple[str, ...]]] = []
-    try:
-        for layer in adapter_layers(model).values():
-            before = layer.merged
-            layer.merge(names)
-            done.append((layer, before))
-    except BaseException:
-        for layer, before in done:
-            layer.unmerge()
-            layer.merge(before)
-        raise
+
+
+def _merge_layer(
+    layer: AdapterLayer, names: Sequence[str], quantized: Quantized, dtype: torch.dtype, keep_originals: bool
+) -> WeightError | None:
+    here = any(name in layer.adapters for name in names)
+    if here and quantized != "refuse" and is_packed(layer.original_base):
+        return merge_quantized(layer, names, quantized, dtype, keep_originals=keep_originals)
+    layer.merge(names, keep_originals=keep_originals)
+    return None
 
 
 def unmerge_adapters(model: nn.Module) -> None:
     """Take all merged adapters out of the weights again: the base is bit for bit what it was.
 
     Raises:
-        MergeError: no adapter is merged.
+        MergeError: no adapter is merged, or one was merged without keeping the weights it replaced.
     """
     layers = [layer for layer in adapter_layers(model).values() if layer.merged]
     if not layers:
         raise MergeError(f"{type(model).__name__} has no merged adapter to unmerge")
+    refuse_permanent(model, "taken out")
     for layer in layers:
         layer.unmerge()
 
 
 @contextlib.contextmanager
-def adapters_merged(model: nn.Module) -> Iterator[nn.Module]:
+def adapters_merged(model: nn.Module, quantized: Quantized = "refuse") -> Iterator[nn.Module]:
     """Have every active adapter merged into the base for the time of a ``with`` block."""
-    before = {path: layer.merged for path, layer in adapter_layers(model).items()}
-    waiting = [name for name in active_adapters(model) if not any(name in merged for merged in before.values())]
+    layers = adapter_layers(model)
+    before = {path: layer.merge_state() for path, layer in layers.items()}
+    waiting = [name for name in active_adapters(model) if not any(name in state.merged for state in before.values())]
     if waiting:
-        merge_adapters(model, waiting)
+        merge_adapters(model, waiting, quantized=quantized)
     try:
         yield model
     finally:
         if waiting:
-            for path, layer in adapter_layers(model).items():
-                layer.unmerge()
-                layer.merge(before[path])
+            for path, layer in layers.items():
+                layer.restore_merge(before[path])
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: Any) -> Tensor:
+    """Return the logits of ``model`` for a batch, or its output where that is a tensor, in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        found = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    found = getattr(found, "logits", found)
+    found = found[0] if isinstance(found, (tuple, list)) else found
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"probe needs a model that returns logits or a tensor, got {type(found).__name__}")
+    return found.detach()
+
+
+def _compared(expected: Tensor, found: Tensor) -> tuple[float, float, float]:
+    wide = torch.promote_types(torch.float32, expected.dtype)
+    off = (found.to(wide) - expected.to(wide)).abs()
+    return off.max().item(), off.mean().item(), expected.abs().max().item()
 
 
 def _refuse_shared(model: nn.Module, names: Sequence[str]) -> None:

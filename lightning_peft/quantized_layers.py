@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
 from lightning_peft.errors import TargetError
+from lightning_peft.interfaces import Quantizer
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import is_conv1d_linear
 
@@ -30,9 +31,19 @@ def is_packed(module: nn.Module) -> bool:
     return weight is not None and (not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None)
 
 
-def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the quantised layers of the base of ``model`` by path."""
-    return {path: module for path, held in base_modules(model) if is_packed(module := unwrapped(held))}
+def packed_layers(model: nn.Module, *, original: bool = False) -> dict[str, nn.Module]:
+    """Return the quantised layers of the base of ``model`` by path.
+
+    Args:
+        model: any module.
+        original: where a merge replaced a layer, return the one that stood there before.
+    """
+    found = {}
+    for path, held in base_modules(model):
+        module = held.original_base if original and isinstance(held, AdapterLayer) else unwrapped(held)
+        if is_packed(module):
+            found[path] = module
+    return found
 
 
 def quantizer_name(module: nn.Module) -> str | None:
@@ -60,14 +71,24 @@ def unpacked_weight(module: nn.Module) -> Tensor:
     assert isinstance(weight, Tensor)
     if weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
         return weight
+    return packing_quantizer(module)().dequantized(module)
+
+
+def packing_quantizer(module: nn.Module) -> type[Quantizer]:
+    """Return the registered quantizer that reads the quantised layer ``module``.
+
+    Raises:
+        TargetError: none does.
+    """
     quantizers = get_registry().quantizers
-    marked = quantizers.get(vars(module).get(_MARK, ""))
+    marked: type[Quantizer] | None = quantizers.get(vars(module).get(_MARK, ""))
     for quantizer in [marked] if marked else quantizers.values():
         if marked or quantizer.packs(module):
-            return quantizer().dequantized(module)
+            found: type[Quantizer] = quantizer
+            return found
     raise TargetError(
-        f"the dense weight of a {type(module).__name__} was asked for, but it is packed as {weight.dtype} and none of the registered "
-        f"quantizers ({', '.join(sorted(quantizers))}) unpacks it; load the base in 16 or 32 bit"
+        f"the dense weight of a {type(module).__name__} was asked for, but it is packed as {module.weight.dtype} and none of the "
+        f"registered quantizers ({', '.join(sorted(quantizers))}) unpacks it; load the base in 16 or 32 bit"
     )
 
 

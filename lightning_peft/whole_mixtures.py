@@ -112,9 +112,11 @@ def others_merged(model: nn.Module, places: Mapping[str, Mixture]) -> Iterator[d
     """
     own = {mixture.adapter_name for mixture in places.values()}
     layers = adapter_layers(model)
-    before = {path: layer.merged for path, layer in layers.items()}
+    before = {path: layer.merge_state() for path, layer in layers.items()}
     others = [
-        name for name in active_adapters(model) if name not in own and not any(name in done for done in before.values())
+        name
+        for name in active_adapters(model)
+        if name not in own and not any(name in state.merged for state in before.values())
     ]
     try:
         if others:
@@ -135,8 +137,7 @@ def others_merged(model: nn.Module, places: Mapping[str, Mixture]) -> Iterator[d
     finally:
         if others:
             for path, layer in layers.items():
-                layer.unmerge()
-                layer.merge(before[path])
+                layer.restore_merge(before[path])
 
 
 @torch.no_grad()

@@ -206,3 +206,111 @@ def test_adapters_that_act_alone_are_not_merged_over_each_other():
     merge_adapters(model, "one")
     with pytest.raises(MergeError, match=message):
         merge_adapters(model, "two")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_is_as_exact_as_that_of_hf_peft_in_every_precision(dtype, tmp_path):
+    import peft
+
+    from lightning_peft import save_adapter
+    from lightning_peft.merging import outputs
+    from lightning_peft.testing import tiny_llama, token_batch
+
+    model, batch = tiny_llama().to(dtype), token_batch()
+    inject(model, LoRA(rank=4))
+    shake(model, 0.1)
+    save_adapter(model, tmp_path)
+    exact = tiny_llama().to(dtype)  # the same rounded weights, summed in float64
+    inject(exact, LoRA(rank=4))
+    shake(exact, 0.1)
+    expected = outputs(exact.double(), batch)
+    before, out = bits(model), outputs(model, batch)
+    merge_adapters(model)
+    ours = (outputs(model, batch).double() - expected).abs().mean()
+    unmerge_adapters(model)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    assert torch.equal(outputs(model, batch), out)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path, autocast_adapter_dtype=True)
+    theirs = theirs.merge_and_unload().eval()
+    assert ours <= 1.1 * (outputs(theirs, batch).double() - expected).abs().mean() + 1e-7
+
+
+def test_without_keeping_originals_the_weights_are_the_same_and_nothing_is_held():
+    kept, lost = net(torch.bfloat16), net(torch.bfloat16)
+    for model in (kept, lost):
+        inject(model, LoRA(rank=2), "all_linear")
+        shake(model)
+    merge_adapters(kept)
+    merge_adapters(lost, keep_originals=False)
+    assert all(torch.equal(bits(kept)[name], value) for name, value in bits(lost).items())
+    assert kept[0]._originals
+    assert not lost[0]._originals
+    assert torch.equal(kept(X.bfloat16()), lost(X.bfloat16()))
+
+
+def test_what_was_merged_without_keeping_originals_is_not_unmerged_disabled_or_merged_again():
+    from lightning_peft import adapters_disabled
+
+    model = net()
+    inject(model, LoRA(rank=2), "0", name="a")
+    inject(model, LoRA(rank=2), "0", name="b")
+    shake(model)
+    set_active_adapters(model, ["a", "b"])
+    merge_adapters(model, "a", keep_originals=False)
+    before = bits(model)
+    why = (
+        r"it was merged at '0' with keep_originals=False, so the weights that it replaced are gone; load the base again"
+    )
+    with pytest.raises(MergeError, match=f"adapter 'a' cannot be taken out: {why}"):
+        unmerge_adapters(model)
+    with pytest.raises(MergeError, match=f"adapter 'a' cannot be disabled: {why}"), adapters_disabled(model):
+        pass
+    with pytest.raises(MergeError, match="adapter 'a' is merged already"):
+        merge_adapters(model, "a", keep_originals=False)
+    with adapters_merged(model):  # the other one comes and goes
+        assert model[0].merged == ("a", "b")
+    assert model[0].merged == ("a",)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_non_finite_merge_in_a_later_layer_changes_no_weight_whether_originals_are_kept_or_not(keep):
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    with torch.no_grad():
+        model[2].adapters["default"].lora_A[0, 0] = float("inf")
+    before = bits(model)
+    with pytest.raises(MergeError, match="non-finite"):
+        merge_adapters(model, keep_originals=keep)
+    assert all(torch.equal(before[name], value) for name, value in bits(model).items())
+    assert not any(layer.merged or layer.permanent for layer in adapter_layers(model).values())
+
+
+def test_an_adapter_saved_after_its_base_was_overwritten_does_not_vouch_for_the_merged_weights(tmp_path):
+    from lightning_peft import load_adapter, save_adapter
+
+    model = net()
+    inject(model, LoRA(rank=2), "0")
+    shake(model)
+    merge_adapters(model, keep_originals=False)
+    save_adapter(model, tmp_path)
+    fresh = net()
+    load_adapter(fresh, tmp_path)
+    assert torch.allclose(fresh(X), model(X), atol=1e-5)
+
+
+def test_a_probe_says_how_far_the_merged_model_is():
+    model = net(torch.bfloat16)
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    x = X.bfloat16()
+    out = model(x)
+    report = merge_adapters(model, probe=x)
+    off = (model(x).float() - out.float()).abs()
+    assert report.max_logit_error == off.max().item() > 0
+    assert report.mean_logit_error == off.mean().item()
+    assert report.max_logit == out.abs().max().item()
+    assert not report.weights
+    with pytest.raises(ValueError, match="quantized must be one of refuse, requantize, dequantize, got 'yes'"):
+        merge_adapters(model, quantized="yes")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
 from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.targets import is_conv1d_linear
@@ -125,7 +126,7 @@ class LowRankAdapter(Adapter):
         change = (self.scale * (self.bias - self.base_bias)).to(output.dtype)  # type: ignore[operator]
         return output + (change if channel_dim == -1 else change.view(-1, *[1] * (-channel_dim - 1)))
 
-    def merged_with(self, base_layer: nn.Module, **deltas: Tensor) -> dict[str, Tensor]:
+    def merged_with(self, base_layer: nn.Module, **deltas: Tensor | Product) -> dict[str, Tensor]:
         """Return the merged parameters: each delta added to the parameter of its name in float32, rounded once."""
         merged = {}
         for name, delta in deltas.items():
@@ -134,10 +135,9 @@ class LowRankAdapter(Adapter):
             if not weight.is_floating_point() or weight.shape != delta.shape:
                 raise MergeError(
                     f"the {name} of {type(base_layer).__name__} holds {weight.dtype} of shape {tuple(weight.shape)}: a quantised base "
-                    "cannot be merged into; load the base in 16 or 32 bit and merge there"
+                    "cannot be merged into; load the base in 16 or 32 bit and merge there, or merge with quantized='dequantize' or 'requantize'"
                 )
-            wide = torch.promote_types(torch.float32, weight.dtype)
-            merged[name] = (weight.detach().to(wide) + delta.to(wide)).to(weight.dtype)
+            merged[name] = plus(weight.detach(), delta)
         if self.bias is not None:
             bias = base_layer.get_parameter("bias").detach()  # it may hold another merged adapter by now
             change = (self.scale * (self.bias - self.base_bias)).detach()  # type: ignore[operator]
@@ -259,7 +259,7 @@ class LowRankLinear(LowRankAdapter):
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
         A, B = (factor.detach() for factor in self.factors())
-        delta = self.scaling * (self._dense(B) @ A)  # (out, in)
+        delta = Product(self._dense(B), A, self.scaling)  # (out, in)
         return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
 
 
@@ -301,9 +301,8 @@ class LowRankEmbedding(LowRankAdapter):
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        return self.merged_with(
-            base_layer, weight=self.scaling * (self.lora_embedding_A.detach() @ self.lora_embedding_B.detach())
-        )
+        delta = Product(self.lora_embedding_A.detach(), self.lora_embedding_B.detach(), self.scaling)
+        return self.merged_with(base_layer, weight=delta)
 
 
 class LowRankConv(LowRankAdapter):

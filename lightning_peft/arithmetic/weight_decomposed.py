@@ -115,7 +115,7 @@ class _WeightDecomposed(LowRankAdapter):
         if self._unpacked(base_layer).shape != weight.shape:
             raise MergeError(
                 f"the weight of {type(base_layer).__name__} is packed as {weight.dtype}: a quantised base cannot be merged into; "
-                "load the base in 16 or 32 bit and merge there"
+                "load the base in 16 or 32 bit and merge there, or merge with quantized='dequantize' or quantized='requantize'"
             )
         A, B = (matrix.detach() for matrix in self.matrices())
         stretch = self.stretch(base_layer).detach().unsqueeze(1)  # (out, 1)

@@ -25,6 +25,9 @@ def merge(
     overwrite: bool = False,
     exporter: str = "merged_transformers",
     options: dict[str, Any] | None = None,
+    quantized: Literal["original", "dequantize"] = "original",
+    out_of_core: bool = False,
+    max_shard_size: str | None = None,
 ) -> None:
     """Merge an adapter into its base and write a plain transformers folder, or the folder of another exporter.
 
@@ -37,6 +40,10 @@ def merge(
         overwrite: replace the model that stands in the output folder.
         exporter: registry name of the exporter that writes, such as mixtral for a mixture of experts.
         options: fields of the exporter, as a mapping.
+        quantized: where an adapter was trained over a quantised base, what it is merged into: the original weights, or what those it was
+            trained over stand for.
+        out_of_core: merge tensor by tensor from file to file, without loading the model. The base must be a local folder.
+        max_shard_size: size at which the weights are cut into files, such as 5GB; that of the base's files if out_of_core, else 5GB.
 
     Raises:
         ConfigError: the output is not empty, or no base can be loaded.
@@ -47,15 +54,36 @@ def merge(
     """
     from lightning_peft.registry import get_registry
 
-    writer = get_registry().get("exporter", exporter).from_config(options or {})
+    settings = dict(options or {})
+    if exporter == "merged_transformers":
+        settings |= {} if max_shard_size is None or out_of_core else {"max_shard_size": max_shard_size}
+        settings |= {"quantized": quantized} if quantized == "dequantize" else {}
+    elif quantized == "dequantize" or (max_shard_size is not None and not out_of_core):
+        raise ConfigError(
+            f"--quantized and --max_shard_size are for the exporter merged_transformers, not {exporter!r}"
+        )
+    writer = get_registry().get("exporter", exporter).from_config(settings)
     folder = Path(output)
     base = base or _base_of(adapter)
     _check_output(folder, overwrite, [adapter, base])
+    if out_of_core:
+        if exporter != "merged_transformers" or options or quantized == "dequantize":
+            raise ConfigError(
+                "--out_of_core writes a plain transformers folder, without --exporter, --options or --quantized"
+            )
+        _merge_files(base, adapter, folder, dtype, check_base, overwrite, max_shard_size)
+        return
     model = _load_base(base, dtype)
+    if quantized == "dequantize":
+        _quantize_as_trained(model, adapter)
     _load(model, adapter, check_base)
     with _replaced(folder, written_in_place=writer.atomic) as written:
         writer.export(model, written)
         _copy_tokenizer(base, written)
+    _print_size(folder)
+
+
+def _print_size(folder: Path) -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"{folder} ({size / 1e6:,.1f} MB)" if size >= 1e6 else f"{folder} ({size / 1e3:,.1f} kB)")
 
@@ -152,6 +180,38 @@ def generate(
         **sampling,
     )
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def _merge_files(
+    base: str, adapter: str, folder: Path, dtype: str, check_base: bool, overwrite: bool, max_shard_size: str | None
+) -> None:
+    """Merge from file to file."""
+    import torch
+
+    from lightning_peft.out_of_core import merge_folder
+
+    if not Path(base).is_dir():
+        raise ConfigError(
+            f"--out_of_core reads the files of a local folder, and the base {base!r} is none; give --base FOLDER"
+        )
+    cast = None if dtype == "auto" else getattr(torch, dtype)
+    merge_folder(
+        base, adapter, folder, dtype=cast, check_base=check_base, overwrite=overwrite, max_shard_size=max_shard_size
+    )
+    _print_size(folder)
+
+
+def _quantize_as_trained(model: Any, adapter: str) -> None:
+    """Quantise the base as the method of the adapter did before training."""
+    from lightning_peft.adapter_files import read_adapter
+    from lightning_peft.composition import first_adapter
+
+    method = read_adapter(first_adapter(adapter)).method
+    if not method.merges_quantized:
+        raise ConfigError(
+            f"--quantized dequantize was asked for, but {method.name!r} was not trained over a base that it quantised"
+        )
+    method.prepare(model)
 
 
 def _load(model: Any, adapter: str, check_base: bool = True) -> None:

@@ -42,7 +42,10 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
 """Verbs that are a function of this package: its signature and docstring are their command line and help."""
 
 FLAGS = {
-    "merge": {"overwrite": "Replace the model that stands in the output folder."},
+    "merge": {
+        "overwrite": "Replace the model that stands in the output folder.",
+        "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory.",
+    },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }

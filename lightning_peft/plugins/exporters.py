@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
 from lightning_peft.merging import adapters_merged
-from lightning_peft.state import save_adapter
+from lightning_peft.quantized_layers import packed_layers
+from lightning_peft.quantized_merging import pack_layers, unpack_layers
+from lightning_peft.side_files import copy_tokenizer
+from lightning_peft.state import base_name, save_adapter
 from lightning_peft.surgery import adapters_taken_out
 
 
@@ -37,9 +43,19 @@ class MergedTransformers(Exporter):
     """A plain transformers folder: the active adapters merged into the weights, no trace of adapters left."""
 
     name: ClassVar[str] = "merged_transformers"
+    merges: ClassVar[bool] = True
 
     max_shard_size: str = "5GB"
     """Size at which the weights are cut into several files."""
+    tokenizer: bool = True
+    """Copy tokenizer, processor and chat template from where the base was loaded."""
+    quantized: Literal["refuse", "dequantize"] = "refuse"
+    """What to do with a quantised base: ``dequantize`` writes it in the precision of the rest of the model."""
+
+    def __post_init__(self) -> None:
+        check_switches(self)
+        if self.quantized not in ("refuse", "dequantize"):
+            raise ConfigError(f"MergedTransformers quantized must be refuse or dequantize, got {self.quantized!r}")
 
     @override
     def export(self, model: nn.Module, path: Path) -> None:
@@ -47,9 +63,38 @@ class MergedTransformers(Exporter):
             raise MergeError(
                 f"{type(model).__name__} is not a transformers model; merge with merge_adapters(model) and save its state_dict yourself"
             )
-        with adapters_merged(model), adapters_taken_out(model):
+        with adapters_merged(model, self.quantized), adapters_taken_out(model):
             assert not adapter_layers(model)
-            model.save_pretrained(path, max_shard_size=self.max_shard_size)  # type: ignore[operator]
+            if self.quantized == "refuse" and packed_layers(model):
+                raise MergeError(
+                    f"{next(iter(packed_layers(model)))!r} is quantised and cannot be written into a plain folder; give the exporter "
+                    "quantized='dequantize'"
+                )
+            unpacked = unpack_layers(model)
+            try:
+                with _not_of_quantizer(model):
+                    model.save_pretrained(path, max_shard_size=self.max_shard_size)  # type: ignore[operator]
+            finally:
+                pack_layers(model, unpacked)
+        base = base_name(model)
+        if self.tokenizer and base is not None:
+            copy_tokenizer(base, path)
+
+
+@contextlib.contextmanager
+def _not_of_quantizer(model: Any) -> Iterator[None]:
+    """Let a model that transformers quantised be saved as one it did not."""
+    quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
+    if quantizer is None:
+        yield
+        return
+    settings = config.quantization_config
+    try:
+        model.hf_quantizer = None
+        del config.quantization_config
+        yield
+    finally:
+        model.hf_quantizer, config.quantization_config = quantizer, settings
 
 
 @hookimpl

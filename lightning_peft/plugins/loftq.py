@@ -69,7 +69,7 @@ class LoftQ(QLoRA):
     exact_packed_base: ClassVar[bool] = True
     merge_refusal: ClassVar[str] = (
         "and its base is quantised: packed weights cannot take an update. It makes up for what quantising took away, so it belongs to "
-        "no other base either; keep the adapter active instead"
+        "no other base either; keep the adapter active instead, or merge with quantized='dequantize' or quantized='requantize'"
     )
 
     iterations: int = 1

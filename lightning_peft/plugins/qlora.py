@@ -56,10 +56,11 @@ class QLoRA(LoRA):
 
     name: ClassVar[str] = "qlora"
     mergeable: ClassVar[bool] = False
+    merges_quantized: ClassVar[bool] = True
     fsdp_ready: ClassVar[bool] = False
     merge_refusal: ClassVar[str] = (
         "and its base is quantised: packed weights cannot take an update. Save the adapter and load its folder over the base in "
-        "16 or 32 bit, where it is a LoRA adapter that merges"
+        "16 or 32 bit, where it is a LoRA adapter that merges, or merge with quantized='dequantize' or quantized='requantize'"
     )
 
     quantization: str = "nf4"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_peft.errors import ConfigError, InjectionError
 from lightning_peft.field_checks import check_switches
@@ -94,6 +94,17 @@ class _FourBit(Quantizer):
         weight: Any = module.weight
         dense: Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state)
         return dense
+
+    @classmethod
+    @override
+    def settings_of(cls, module: nn.Module) -> Self | None:
+        layer: Any = module
+        state = layer.weight.quant_state
+        # A layer of transformers takes the precision of its first input if none was given.
+        dtype = next((name for name, dtype in _DTYPES.items() if dtype == (layer.compute_dtype or state.dtype)), None)
+        if dtype is None:
+            return None
+        return cls(block_size=state.blocksize, double_quantization=bool(state.nested), compute_dtype=dtype)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,12 @@ class Int8(Quantizer):
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB  # (out,)
         dense: Tensor = layer.weight.data.to(torch.float32).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
         return dense
+
+    @classmethod
+    @override
+    def settings_of(cls, module: nn.Module) -> Self | None:
+        layer: Any = module
+        return cls(threshold=float(layer.state.threshold))
 
 
 def _copy(bias: Tensor | None, dtype: torch.dtype | None = None) -> nn.Parameter | None:
