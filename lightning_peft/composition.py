@@ -169,7 +169,7 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapters(model: nn.Module, path: str | Path) -> Path:
+def save_adapters(model: nn.Module, path: str | Path, *, fingerprint: str = "sampled") -> Path:
     """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
 
     Unless ``default`` is the only one, a file beside them says which there are and which are active, in what order.
@@ -186,7 +186,7 @@ def save_adapters(model: nn.Module, path: str | Path) -> Path:
     if not names:
         adapters_named(model, "default")  # raises, saying that there is none
     for name in names:
-        save_adapter(model, _folder_of(folder, name), name=name)
+        save_adapter(model, _folder_of(folder, name), name=name, fingerprint=fingerprint)
     if names != ["default"]:
         active = [name for name in active_adapters(model) if name in names]
         content = {"format_version": _VERSION, "adapters": names, "active": active}

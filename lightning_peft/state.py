@@ -83,10 +83,19 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -> Path:
+def save_adapter(
+    model: nn.Module, path: str | Path, *, name: str = "default", fingerprint: str = "sampled"
+) -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
     Each file is replaced atomically. Files of other names in the folder stay.
+
+    Args:
+        model: the adapted model.
+        path: the folder.
+        name: which adapter.
+        fingerprint: ``sampled`` stores a few elements of every weight of the base; ``full`` a hash of all of them too, which reads
+            every weight here and whenever the folder is loaded.
 
     Returns:
         The folder.
@@ -94,8 +103,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
         AdapterFileError: the adapter has non-finite values, or no values yet (meta device).
+        ConfigError: ``fingerprint`` is neither of the two.
         OSError: the folder cannot be written.
     """
+    fp.check_kind(fingerprint)
     injection = record(model, name)
     tensors = adapter_state_dict(model, name)
     trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
@@ -127,7 +138,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default") -
             for target in injection.targets
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
-        "base": _base(model, injection),
+        "base": _base(model, injection, full=fingerprint == "full"),
         "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
         "versions": {
             "python": platform.python_version(),
@@ -151,8 +162,8 @@ def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
             )
 
 
-def _base(model: nn.Module, injection: Injection) -> dict[str, Any]:
-    described = fp.to_json(model, packed=injection.method.exact_packed_base)
+def _base(model: nn.Module, injection: Injection, *, full: bool) -> dict[str, Any]:
+    described = fp.to_json(model, packed=injection.method.exact_packed_base, full=full)
     return {"name_or_path": base_name(model), "class": type(model).__name__, **described}
 
 

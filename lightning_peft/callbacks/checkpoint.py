@@ -79,7 +79,7 @@ def _save_adapters(module: PEFTMixin, folder: Path) -> None:
     try:
         for path, root in roots.items():
             inner = temporary / path if len(roots) > 1 else temporary
-            save_adapters(root, inner)
+            save_adapters(root, inner, fingerprint=module.base_fingerprint)
         _delete(folder)
         if temporary.exists():
             os.replace(temporary, folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_peft import __version__
 from lightning_peft.cli.arguments import PlainParser
+from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import generate, merge
 from lightning_peft.errors import LightningPEFTError
@@ -29,6 +30,7 @@ LIGHTNING_VERBS = {
 OWN_VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "generate": generate,
+    "fingerprint": fingerprint,
     "methods": methods,
     "plugins": plugins,
 }
@@ -36,6 +38,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
 
 FLAGS = {
     "merge": {"overwrite": "Replace the model that stands in the output folder."},
+    "fingerprint": {"full": "Hash every weight of the base too."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }
 """Arguments of a verb that are given without a value, with their help."""

@@ -31,7 +31,7 @@ def refusal(capsys):
 def test_the_help_shows_every_verb(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "merge", "generate", "methods", "plugins"):
+    for verb in ("fit", "validate", "test", "predict", "merge", "generate", "fingerprint", "methods", "plugins"):
         assert f"    {verb} " in text
 
 
