@@ -152,7 +152,9 @@ def check_kind(kind: str) -> None:
 
 def digest_of(digests: Mapping[str, str]) -> str:
     """Return one short hash of them all, to be read by people."""
-    return hashlib.sha256("\n".join(f"{name} {value}" for name, value in sorted(digests.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(f"{name} {value}" for name, value in sorted(digests.items())).encode()).hexdigest()[
+        :16
+    ]
 
 
 def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> dict[str, Any]:

@@ -157,9 +157,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             if holds_several(self.adapter):
                 load_adapters(model, self.adapter, trainable=True, check_base=self.check_base)
             else:
-                load_adapter(
-                    model, self.adapter, name=self.adapter_name, trainable=True, check_base=self.check_base
-                )
+                load_adapter(model, self.adapter, name=self.adapter_name, trainable=True, check_base=self.check_base)
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
             inject_all(model, self.adaptations)

@@ -172,7 +172,9 @@ class ExactResume(_Host):
         if self._resume_within_epoch and start["epoch"] is None:
             self._epoch_start = start  # the iterators are made in the first epoch, as they were then
         else:
-            begun = (start["epoch"], start["generators"]) if self._resume_within_epoch else (state, stored["generators"])
+            begun = (
+                (start["epoch"], start["generators"]) if self._resume_within_epoch else (state, stored["generators"])
+            )
             position.start_again(self.trainer, *begun)
             self._epoch_start = {"fit": start["fit"], "epoch": begun[0], "generators": begun[1]}
         if not self._resume_within_epoch:

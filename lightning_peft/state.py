@@ -83,9 +83,7 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(
-    model: nn.Module, path: str | Path, *, name: str = "default", fingerprint: str = "sampled"
-) -> Path:
+def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", fingerprint: str = "sampled") -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
     Each file is replaced atomically. Files of other names in the folder stay.

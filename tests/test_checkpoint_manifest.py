@@ -172,7 +172,10 @@ def full(make_trainer, tmp_path):
 
 def test_a_full_fingerprint_sees_an_element_that_is_not_sampled(full, make_trainer, tmp_path):
     file, changed = full
-    with pytest.raises(CheckpointMismatchError, match="full fingerprint [0-9a-f]{16}, this base has [0-9a-f]{16}: 1 parameters .* '0.weight'"):
+    with pytest.raises(
+        CheckpointMismatchError,
+        match="full fingerprint [0-9a-f]{16}, this base has [0-9a-f]{16}: 1 parameters .* '0.weight'",
+    ):
         make_trainer(tmp_path, max_epochs=2).fit(module(base=changed), loader(), ckpt_path=file)
 
 

@@ -140,7 +140,10 @@ def test_a_folder_with_a_full_fingerprint_is_refused_over_a_base_changed_by_one_
     save_adapter(adapted, tmp_path / "sampled")
     save_adapter(adapted, tmp_path / "full", fingerprint="full")
     load_adapter(copy.deepcopy(other), tmp_path / "sampled")
-    with pytest.raises(BaseMismatchError, match="full fingerprint [0-9a-f]{16}, but .* has [0-9a-f]{16}: 1 of 4 parameters differ, first '0.weight'"):
+    with pytest.raises(
+        BaseMismatchError,
+        match="full fingerprint [0-9a-f]{16}, but .* has [0-9a-f]{16}: 1 of 4 parameters differ, first '0.weight'",
+    ):
         load_adapter(copy.deepcopy(other), tmp_path / "full")
     load_adapter(other, tmp_path / "full", check_base=False)
     load_adapter(base, tmp_path / "full")

@@ -317,7 +317,11 @@ RUNS = [
 def cells():
     kills = itertools.cycle(KILLS)
     for run in RUNS:
-        for saved in ("within an epoch", "at the end of an epoch", *(["within a window"] if run.accumulate > 1 else [])):
+        for saved in (
+            "within an epoch",
+            "at the end of an epoch",
+            *(["within a window"] if run.accumulate > 1 else []),
+        ):
             yield Cell(run, saved, next(kills))
     for run in (RUNS[0], RUNS[3], RUNS[5], RUNS[7]):
         yield Cell(run, "within an epoch", "while it saves")
@@ -344,14 +348,19 @@ def test_a_killed_run_resumes_bit_for_bit(cell, train, straight, tmp_path):
 
     killed = in_a_process(first, log)
     if cell.killed == "from outside":
-        while not (tmp_path / "last.ckpt").exists() and os.waitid(os.P_PID, killed, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            not (tmp_path / "last.ckpt").exists()
+            and os.waitid(os.P_PID, killed, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(0.001)
         time.sleep(chance.random() * 0.05)
         os.kill(killed, signal.SIGKILL)
     assert end_of(killed, log) == signal.SIGKILL
     if cell.killed == "while it saves":
         assert len(list(tmp_path.glob(".last.ckpt.*.tmp"))) == 1
-    done = torch.load(tmp_path / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    done = torch.load(tmp_path / "last.ckpt", weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"][
+        "total"
+    ]
 
     again = replace(cell, killed="not")
     resuming = tmp_path / "last.ckpt" if cell.saved == "within a window" else "last"

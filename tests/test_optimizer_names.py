@@ -36,7 +36,13 @@ class Own(PEFTMixin, LightningModule):
     def configure_optimizers(self):
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
-            [{"params": [trained[name] for name in names], "lr": 1e-2 * (1 + names[0].endswith("lora_A"))} for names in self.groups(list(trained))]
+            [
+                {
+                    "params": [trained[name] for name in names],
+                    "lr": 1e-2 * (1 + all(name.endswith("lora_A") for name in names)),
+                }
+                for names in self.groups(list(trained))
+            ]
         )
         return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
@@ -97,7 +103,10 @@ def test_other_groups_of_the_same_parameters_are_refused_with_both(resume):
         first, second = by_kind(names)
         return [first[1:], [*second, first[0]]]
 
-    with pytest.raises(CheckpointMismatchError, match=r"1 differ, first .*a.lora_A.*checkpoint has 2 groups: \[.*this run has 2 groups: \["):
+    with pytest.raises(
+        CheckpointMismatchError,
+        match=r"1 differ, first .*a.lora_A.*checkpoint has 2 groups: \[.*this run has 2 groups: \[",
+    ):
         resume(Own(groups=by_kind), Own(groups=one_moved))
 
 

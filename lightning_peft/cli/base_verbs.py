@@ -9,9 +9,7 @@ from lightning_peft.cli.model_verbs import Dtype, _base_of, _load_base
 from lightning_peft.errors import AdapterFileError, BaseMismatchError, ConfigError
 
 
-def fingerprint(
-    base: str | None = None, adapter: str | None = None, full: bool = False, dtype: Dtype = "auto"
-) -> None:
+def fingerprint(base: str | None = None, adapter: str | None = None, full: bool = False, dtype: Dtype = "auto") -> None:
     """Print the fingerprint of a base and of the one an adapter was trained on, and compare them.
 
     Args:
@@ -28,7 +26,9 @@ def fingerprint(
     from lightning_peft import fingerprint as fp
 
     if base is None and (adapter is None or adapter.endswith(".ckpt")):
-        raise ConfigError("fingerprint needs a base: give --base FOLDER_OR_ID, or --adapter FOLDER of one that names its base")
+        raise ConfigError(
+            "fingerprint needs a base: give --base FOLDER_OR_ID, or --adapter FOLDER of one that names its base"
+        )
     stored = {} if adapter is None else _stored(adapter)
     base = base or _base_of(str(adapter))
     model = _load_base(base, dtype)
@@ -40,7 +40,10 @@ def fingerprint(
     if adapter is None:
         return
     before, exact = fp.Fingerprint(stored["tensors"]), stored.get("full") or {}
-    print(f"adapter  {adapter}: sampled {before.digest}" + (f", full {fp.digest_of(exact)}" if exact else ", full not stored"))
+    print(
+        f"adapter  {adapter}: sampled {before.digest}"
+        + (f", full {fp.digest_of(exact)}" if exact else ", full not stored")
+    )
     left_out = fp.quantized_names(model) | frozenset(stored.get("quantized") or ())
     different = before.differences(here, left_out)
     different += fp.full_differences(exact, model, left_out | set(different)) if exact else []
@@ -70,5 +73,7 @@ def _stored(adapter: str) -> dict[str, Any]:
 
         found = (read_adapter(first_adapter(adapter)).own or {}).get("base") or {}
     if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict) or not found["tensors"]:
-        raise AdapterFileError(f"{adapter!r} holds no fingerprint of its base, as folders of HF PEFT do not; nothing can be compared")
+        raise AdapterFileError(
+            f"{adapter!r} holds no fingerprint of its base, as folders of HF PEFT do not; nothing can be compared"
+        )
     return found

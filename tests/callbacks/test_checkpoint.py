@@ -228,7 +228,12 @@ def test_a_checkpoint_is_little_more_than_adapters_and_optimizer(make_trainer, t
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=61, hidden_size=512, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8, tie_word_embeddings=False
+        vocab_size=61,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
     )
     module = PEFTModule(LlamaForCausalLM(config), LoRA(rank=16), "all_linear")
     callback = AdapterCheckpoint(tmp_path, filename="x")
@@ -241,7 +246,9 @@ def test_a_checkpoint_of_a_real_run_is_little_more_than_adapters_and_optimizer(d
     from lightning_peft.data import TextDataModule
 
     model = str(data_dir / "models" / "babyllama105")
-    data = TextDataModule(model, str(data_dir / "lm" / "tinyshakespeare.txt"), block_size=32, batch_size=2, max_train_tokens=512)
+    data = TextDataModule(
+        model, str(data_dir / "lm" / "tinyshakespeare.txt"), block_size=32, batch_size=2, max_train_tokens=512
+    )
     callback = AdapterCheckpoint(tmp_path, filename="x")
     trainer = make_trainer(tmp_path, max_steps=2, callbacks=[callback], limit_val_batches=0)
     trainer.fit(PEFTModule(CausalLMLoader(path=model), LoRA(rank=16), "all_linear"), data)

@@ -33,7 +33,7 @@ def test_a_base_alone_is_told(folders, capsys):
 
 
 def test_an_adapter_and_its_base_are_the_same(folders, capsys):
-    _, root, digest = folders
+    _, root, _digest = folders
     assert main(["fingerprint", "--adapter", str(root / "full")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["base", "adapter", "the"]
