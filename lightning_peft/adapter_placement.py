@@ -65,6 +65,15 @@ def refuse_different(model: nn.Module, folder: AdapterFolder, here: fp.Fingerpri
             f"this {type(model).__name__} has fingerprint {here.digest}: {len(different)} of {len(stored.tensors)} parameters differ, first "
             f"{different[0]!r}. Load the right base, or pass check_base=False if you know what you do"
         )
+    if isinstance(full := base.get("full"), dict):
+        different = fp.full_differences(full, model, frozenset(base.get("quantized") or ()))
+        if different:
+            raise BaseMismatchError(
+                f"{str(folder.path)!r} was trained on a base whose weights have the full fingerprint {fp.digest_of(full)}, but this "
+                f"{type(model).__name__} has {fp.digest_of(fp.full_digests(model))}: {len(different)} of {len(full)} parameters differ, first "
+                f"{different[0]!r}; their samples agree, so a few elements were changed or rounded. Load the very base, in its precision, or pass "
+                "check_base=False if you know what you do"
+            )
 
 
 def check_packed(model: nn.Module, folder: AdapterFolder) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_layer import base_parameters
 from lightning_peft.errors import CheckpointMismatchError
-from lightning_peft.fingerprint import Fingerprint, fingerprint, quantized_names, to_json
+from lightning_peft.fingerprint import (
+    Fingerprint,
+    digest_of,
+    fingerprint,
+    full_differences,
+    full_digests,
+    quantized_names,
+    to_json,
+)
 from lightning_peft.injection import adapted_roots, records
 
 MANIFEST = "lightning_peft"
@@ -28,13 +36,13 @@ def roots_by_path(module: nn.Module) -> dict[str, nn.Module]:
     return {paths[id(root)]: root for root in adapted_roots(module)}
 
 
-def make_manifest(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the adapters in ``module``, whose ``state`` is saved, in plain values."""
+def make_manifest(module: nn.Module, state: Mapping[str, Any], *, full: bool = False) -> dict[str, Any]:
+    """Describe the adapters in ``module``, whose ``state`` is saved, in plain values; with a ``full`` fingerprint of the base."""
     return {
         "version": VERSION,
         "tensors": _shapes(state),
         "adapters": _adapters(module),
-        "base": {path: to_json(root) for path, root in roots_by_path(module).items()},
+        "base": {path: to_json(root, full=full) for path, root in roots_by_path(module).items()},
         **({SCHEDULE: _active(module)} if is_scheduled(module) else {}),
     }
 
@@ -70,8 +78,10 @@ def _active(module: nn.Module) -> dict[str, list[str]]:
     return {path: active_adapters(root) for path, root in roots_by_path(module).items()}
 
 
-def check_manifest(checkpoint: Mapping[str, Any], module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint holds with the adapters and the base of ``module``, whose state is ``state``.
+def check_manifest(
+    checkpoint: Mapping[str, Any], module: nn.Module, state: Mapping[str, Any], *, check_base: bool = True
+) -> None:
+    """Compare what a checkpoint holds with the adapters and, if ``check_base``, the base of ``module``, whose state is ``state``.
 
     Raises:
         CheckpointMismatchError: they are not the same; the message has both sides.
@@ -94,7 +104,7 @@ def check_manifest(checkpoint: Mapping[str, Any], module: nn.Module, state: Mapp
     _compare_tensors(manifest["tensors"], _shapes(state), "the module")
     if "state_dict" in checkpoint:  # not in sharded checkpoints
         _compare_tensors(manifest["tensors"], _shapes(checkpoint["state_dict"]), "the checkpoint's own state_dict")
-    for path, root in roots_by_path(module).items():
+    for path, root in roots_by_path(module).items() if check_base else ():
         _compare_base(manifest["base"].get(path) or {}, root)
 
 
@@ -166,5 +176,12 @@ def _compare_base(stored: Mapping[str, Any], root: nn.Module) -> None:
     if different:
         raise CheckpointMismatchError(
             f"the checkpoint was trained over a base with fingerprint {before.digest}, this base has {here.digest}: "
-            f"{len(different)} parameters differ, first {different[0]!r}"
+            f"{len(different)} parameters differ, first {different[0]!r}. Load the right base, or set check_base=False on the module if you know "
+            "what you do"
+        )
+    full = stored.get("full")
+    if isinstance(full, dict) and (different := full_differences(full, root, packed | trained)):
+        raise CheckpointMismatchError(
+            f"the checkpoint was trained over a base with the full fingerprint {digest_of(full)}, this base has {digest_of(full_digests(root))}: "
+            f"{len(different)} parameters differ in elements that are not sampled, first {different[0]!r}"
         )

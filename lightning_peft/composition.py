@@ -172,7 +172,9 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
 # -- on disk -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None = None) -> Path:
+def save_adapters(
+    model: nn.Module, path: str | Path, *, facts: CardFacts | None = None, fingerprint: str = "sampled"
+) -> Path:
     """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
 
     Unless ``default`` is the only one and unscaled, a file beside them says which there are, which are active in what order, and
@@ -182,6 +184,7 @@ def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None
         model: the adapted model.
         path: the folder.
         facts: what the ``README.md`` of each adapter says beyond its files.
+        fingerprint: of the base, ``sampled`` or ``full``, as in :func:`~lightning_peft.save_adapter`.
 
     Returns:
         The folder.
@@ -195,7 +198,7 @@ def save_adapters(model: nn.Module, path: str | Path, *, facts: CardFacts | None
     if not names:
         adapters_named(model, "default")  # raises, saying that there is none
     for name in names:
-        write_adapter(model, _folder_of(folder, name), name, facts)
+        write_adapter(model, _folder_of(folder, name), name, facts, fingerprint)
     scales = {name: scale for name in names if (scale := adapter_scale(model, name)) != 1.0}
     if names != ["default"] or scales:
         active = [name for name in active_adapters(model) if name in names]

@@ -6,6 +6,8 @@ From every floating-point parameter of the base a few elements at fixed places a
 
 A float32 checkpoint loaded in float16 may round the other way, and does not hold very small values as exactly. So two
 elements are the same if they differ by one step of bfloat16 at most. Packed weights of a quantised base are left out.
+
+On request a full fingerprint is taken too: a hash of every element of every parameter and of packed weights, which sees any change.
 """
 
 from __future__ import annotations
@@ -19,12 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters
+from lightning_peft.errors import ConfigError
 from lightning_peft.quantized_layers import packed_layers
 
 SAMPLES = 16
 """Elements taken from each parameter."""
 _RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-24
 """One step of bfloat16, and the smallest number of float16."""
+
+
+FINGERPRINTS = ("sampled", "full")
+"""What may be asked for: sampled weights, or a hash of them all too."""
+_CHUNK = 1 << 24
+"""Elements hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,53 @@ def packed_digests(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
+def full_digests(model: nn.Module) -> dict[str, str]:
+    """Return a hash of all elements of every base parameter, and of every packed layer, by name.
+
+    Elements are hashed as float32 (float64 stays), so a checkpoint in 16 bits has the same hashes when it is loaded in 32; one in
+    32 bits that is loaded in 16 has not. It reads every weight: about a second a gigabyte of float32. Merged adapters do
+    not count. Sharded weights are gathered one at a time, so all processes must call this.
+    """
+    found = {}
+    for name, tensor in _base_tensors(model):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            whole: Any = tensor.detach()
+            flat = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)
+            digest = hashlib.sha256("x".join(map(str, tensor.shape)).encode())
+            for part in flat.split(_CHUNK):
+                values = part.cpu() if part.dtype == torch.float64 else part.cpu().float()
+                digest.update(memoryview(values.contiguous().numpy()).cast("B"))
+            found[name] = digest.hexdigest()[:32]
+    return found | {f"{path} (packed)": digest for path, digest in packed_digests(model).items()}
+
+
+def full_differences(stored: Mapping[str, Any], model: nn.Module, left_out: Set[str] = frozenset()) -> list[str]:
+    """Return the names in a stored ``full`` fingerprint that differ from the base of ``model``.
+
+    Parameters that only one side has, packed there or trained, are left to the comparison of samples.
+    """
+    here = full_digests(model)
+    return sorted(name for name in (stored.keys() & here.keys()) - left_out if stored[name] != here[name])
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind of fingerprint that there is not.
+
+    Raises:
+        ConfigError: it is neither ``sampled`` nor ``full``.
+    """
+    if kind not in FINGERPRINTS:
+        raise ConfigError(f"fingerprint must be one of {', '.join(FINGERPRINTS)}, got {kind!r}")
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Return one short hash of them all, to be read by people."""
+    return hashlib.sha256("\n".join(f"{name} {value}" for name, value in sorted(digests.items())).encode()).hexdigest()[
+        :16
+    ]
+
+
+def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> dict[str, Any]:
     """Return the fingerprint of the base of an adapted ``model`` as it is stored.
 
     Parameters of the base that are trained, or that a merge overwrote for good, are listed with the quantised ones: they are
@@ -108,6 +163,7 @@ def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     Args:
         model: the adapted model.
         packed: whether to hash the packed weights too, which takes seconds for each gigabyte.
+        full: whether to hash all weights too, which takes about as long.
     """
     found = fingerprint(model)
     if found is None:
@@ -117,6 +173,8 @@ def to_json(model: nn.Module, *, packed: bool = False) -> dict[str, Any]:
     left_out = sorted(quantized_names(model) | trained)
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
     found_packed = {"packed": packed_digests(model)} if packed else {}
+    if full:
+        found_packed["full"] = {name: value for name, value in full_digests(model).items() if name not in trained}
     return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
 
 

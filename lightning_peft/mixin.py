@@ -44,9 +44,17 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     holds is saved as always: a head of its own, and parameters of the base that were unfrozen after :func:`inject`.
     A hook of this class that you override must call ``super()``.
 
+    ``base_fingerprint = "full"`` on the class or the module has checkpoints and adapter folders hold a hash of every weight of the
+    base, besides samples, and has them compared when a checkpoint is loaded.
+
     A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`. With other settings of optimizers
     or schedulers, which Lightning would overwrite, it is refused.
     """
+
+    base_fingerprint: str = "sampled"
+    """How the base is recognised: by ``sampled`` weights, or by the ``full`` ones too."""
+    check_base: bool = True
+    """Whether a checkpoint of another base is refused."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -166,7 +174,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what :meth:`on_load_checkpoint` compares."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[MANIFEST] = make_manifest(self, self.state_dict())
+        checkpoint[MANIFEST] = make_manifest(self, self.state_dict(), full=self.base_fingerprint == "full")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the adapters and the base with those of the checkpoint.
@@ -176,7 +184,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         """
         self._fit_to(checkpoint)
         take_schedule(checkpoint, self)
-        check_manifest(checkpoint, self, self.state_dict())
+        check_manifest(checkpoint, self, self.state_dict(), check_base=self.check_base)
         super().on_load_checkpoint(checkpoint)
 
     def _fit_to(self, checkpoint: Mapping[str, Any]) -> None:

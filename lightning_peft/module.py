@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -20,6 +20,7 @@ from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
 from lightning_peft.errors import ConfigError
+from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
 from lightning_peft.mixin import PEFTMixin
@@ -71,6 +72,9 @@ class PEFTModule(PEFTMixin, LightningModule):
         lr_interval: whether the scheduler advances every ``step`` or every ``epoch``.
         loss: called as ``loss(outputs, target)`` with what the model returned and the last element of a tuple batch, the
             ``labels`` of a dict batch, or a tensor batch itself. If None, the model must return its own loss.
+        fingerprint: how checkpoints recognise the base: by ``sampled`` weights, or by a hash of them all too (``full``), for which
+            every save and load reads every weight.
+        check_base: whether to refuse a checkpoint or an adapter folder of another base.
 
     Raises:
         ConfigError: neither or both of ``method`` and ``adapter`` are given.
@@ -100,8 +104,11 @@ class PEFTModule(PEFTMixin, LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "step",
         loss: Loss | None = None,
+        fingerprint: Literal["sampled", "full"] = "sampled",
+        check_base: bool = True,
     ) -> None:
         super().__init__()
+        check_kind(fingerprint)
         if (method is None) == (adapter is None):
             raise ConfigError(
                 f"give either a method or an adapter folder to start from, got method={method!r} and adapter={adapter!r}"
@@ -130,7 +137,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         self.__dict__["_base"] = base
         self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
-        self.loss = loss
+        self.loss, self.base_fingerprint, self.check_base = loss, fingerprint, check_base
         self.metrics = nn.ModuleDict()
 
     def _save_plain_hyperparameters(self, adapter: str | None) -> None:
@@ -155,9 +162,16 @@ class PEFTModule(PEFTMixin, LightningModule):
         if self.adapter is not None:
             model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
             if holds_several(self.adapter):
-                load_adapters(model, self.adapter, trainable=True)
+                load_adapters(model, self.adapter, trainable=True, check_base=self.check_base)
             else:
-                load_adapter(model, self.adapter, name=self.adapter_name, trainable=True, format=self.adapter_format)
+                load_adapter(
+                    model,
+                    self.adapter,
+                    name=self.adapter_name,
+                    trainable=True,
+                    check_base=self.check_base,
+                    format=self.adapter_format,
+                )
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
             inject_all(model, self.adaptations)

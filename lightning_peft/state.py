@@ -87,7 +87,14 @@ def _state_of(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", facts: CardFacts | None = None) -> Path:
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    name: str = "default",
+    facts: CardFacts | None = None,
+    fingerprint: str = "sampled",
+) -> Path:
     """Write the adapter ``name`` to the folder ``path``, in HF PEFT's format where HF PEFT knows the method.
 
     Values, rank and scaling are those of training: a factor set by :func:`~lightning_peft.scaling.scale_adapters` is left out, with
@@ -99,6 +106,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
         path: the folder.
         name: the adapter.
         facts: what ``README.md`` says beyond the files, such as the data and measurements.
+        fingerprint: ``sampled`` stores a few elements of every weight of the base; ``full`` a hash of all of them too, which reads
+            every weight here and whenever the folder is loaded.
 
     Returns:
         The folder.
@@ -106,6 +115,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
         AdapterFileError: the adapter has non-finite values, or no values yet (meta device).
+        ConfigError: ``fingerprint`` is neither of the two.
         OSError: the folder cannot be written.
     """
     scale = adapter_scale(model, name)
@@ -115,11 +125,14 @@ def save_adapter(model: nn.Module, path: str | Path, *, name: str = "default", f
             LightningPEFTWarning,
             stacklevel=2,
         )
-    return write_adapter(model, path, name, facts)
+    return write_adapter(model, path, name, facts, fingerprint)
 
 
-def write_adapter(model: nn.Module, path: str | Path, name: str, facts: CardFacts | None = None) -> Path:
+def write_adapter(
+    model: nn.Module, path: str | Path, name: str, facts: CardFacts | None = None, fingerprint: str = "sampled"
+) -> Path:
     """Write what :func:`save_adapter` does, without a word about the scale."""
+    fp.check_kind(fingerprint)
     injection = record(model, name)
     tensors = adapter_state_dict(model, name)
     trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
@@ -143,7 +156,7 @@ def write_adapter(model: nn.Module, path: str | Path, name: str, facts: CardFact
     if injection.method.peft_type:
         files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
     config = _own_config(
-        model, injection, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
+        model, injection, fingerprint, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     )
     for file, content in files.items():
         write_file(folder / file, content)
@@ -154,7 +167,7 @@ def write_adapter(model: nn.Module, path: str | Path, name: str, facts: CardFact
     return folder
 
 
-def _own_config(model: nn.Module, injection: Injection, hashes: Mapping[str, str]) -> dict[str, Any]:
+def _own_config(model: nn.Module, injection: Injection, fingerprint: str, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of ``lightning_peft.json``; ``hashes`` are those of the other two files."""
     return {
         "format_version": FORMAT_VERSION,
@@ -165,7 +178,7 @@ def _own_config(model: nn.Module, injection: Injection, hashes: Mapping[str, str
             for target in injection.targets
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
-        "base": _base(model, injection),
+        "base": _base(model, injection, full=fingerprint == "full"),
         "files": dict(hashes),
         "versions": {
             "python": platform.python_version(),
@@ -186,8 +199,8 @@ def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
             )
 
 
-def _base(model: nn.Module, injection: Injection) -> dict[str, Any]:
-    described = fp.to_json(model, packed=injection.method.exact_packed_base)
+def _base(model: nn.Module, injection: Injection, *, full: bool) -> dict[str, Any]:
+    described = fp.to_json(model, packed=injection.method.exact_packed_base, full=full)
     return {"name_or_path": base_name(model), "class": type(model).__name__, **described}
 
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import LoRA, PEFTModule
 from lightning_peft.checkpoint_manifest import MANIFEST
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, ConfigError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(8) % 3
@@ -156,3 +156,42 @@ def test_another_choice_of_active_adapters_is_refused(refused):
         "active of the checkpoint and of the module differ: was False and is True",
         change=lambda content: content["lightning_peft"]["adapters"]["model:default"].update(active=False),
     )
+
+
+@pytest.fixture
+def full(make_trainer, tmp_path):
+    """A checkpoint with a full fingerprint, and what its base becomes when one element that is not sampled is changed."""
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module(fingerprint="full"), loader())
+    trainer.save_checkpoint(tmp_path / "full.ckpt")
+    changed = net()
+    with torch.no_grad():
+        changed[0].weight[0, 1] += 1e-3
+    return tmp_path / "full.ckpt", changed
+
+
+def test_a_full_fingerprint_sees_an_element_that_is_not_sampled(full, make_trainer, tmp_path):
+    file, changed = full
+    with pytest.raises(
+        CheckpointMismatchError,
+        match="full fingerprint [0-9a-f]{16}, this base has [0-9a-f]{16}: 1 parameters .* '0.weight'",
+    ):
+        make_trainer(tmp_path, max_epochs=2).fit(module(base=changed), loader(), ckpt_path=file)
+
+
+def test_another_base_is_taken_where_that_is_asked_for(full, make_trainer, tmp_path):
+    file, changed = full
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module(base=changed, check_base=False), loader(), ckpt_path=file)
+    assert trainer.global_step == 4
+
+
+def test_the_same_base_passes_its_full_fingerprint(full, make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer.fit(module(), loader(), ckpt_path=full[0])
+    assert trainer.global_step == 4
+
+
+def test_a_kind_of_fingerprint_that_there_is_not_is_refused():
+    with pytest.raises(ConfigError, match="one of sampled, full, got 'whole'"):
+        module(fingerprint="whole")

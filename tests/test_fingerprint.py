@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import NF4, LoRA, inject, merge_adapters
-from lightning_peft.fingerprint import SAMPLES, Fingerprint, fingerprint, quantized_names, to_json
+from lightning_peft import NF4, LoRA, inject, load_adapter, merge_adapters, save_adapter
+from lightning_peft.errors import BaseMismatchError
+from lightning_peft.fingerprint import (
+    SAMPLES,
+    Fingerprint,
+    fingerprint,
+    full_differences,
+    full_digests,
+    quantized_names,
+    to_json,
+)
 
 
 def net(seed=0):
@@ -99,3 +108,42 @@ def test_a_sharded_weight_has_the_fingerprint_of_the_whole():
         assert fingerprint(model) == before
     finally:
         dist.destroy_process_group()
+
+
+def test_a_full_fingerprint_sees_every_element_and_not_the_width_of_a_float():
+    model = nn.Linear(40, 40).to(torch.bfloat16)
+    before = full_digests(model)
+    assert full_digests(copy.deepcopy(model).float()) == before
+    with torch.no_grad():
+        model.weight[0, 1] *= 1.5
+    assert fingerprint(model).differences(fingerprint(model)) == []
+    assert full_differences(before, model) == ["weight"]
+
+
+def test_adapters_and_merging_do_not_count_in_a_full_fingerprint():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    before = full_digests(model)
+    inject(model, LoRA(rank=2), ["0"])
+    with torch.no_grad():
+        model[0].adapters["default"].lora_B.fill_(1.0)
+    merge_adapters(model)
+    assert full_digests(model) == before
+
+
+def test_a_folder_with_a_full_fingerprint_is_refused_over_a_base_changed_by_one_element(tmp_path):
+    base = nn.Sequential(nn.Linear(40, 6), nn.Linear(6, 3))
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other[0].weight[0, 1] += 1e-3
+    adapted = copy.deepcopy(base)
+    inject(adapted, LoRA(rank=2), ["0"])
+    save_adapter(adapted, tmp_path / "sampled")
+    save_adapter(adapted, tmp_path / "full", fingerprint="full")
+    load_adapter(copy.deepcopy(other), tmp_path / "sampled")
+    with pytest.raises(
+        BaseMismatchError,
+        match="full fingerprint [0-9a-f]{16}, but .* has [0-9a-f]{16}: 1 of 4 parameters differ, first '0.weight'",
+    ):
+        load_adapter(copy.deepcopy(other), tmp_path / "full")
+    load_adapter(other, tmp_path / "full", check_base=False)
+    load_adapter(base, tmp_path / "full")

@@ -1,6 +1,7 @@
 """A run that is cut off and resumed ends where the uninterrupted run ends, bit for bit, with dropout."""
 
 import copy
+import itertools
 import random
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import AdapterCheckpoint, LoRA, PEFTModule
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
+from lightning_peft.gathered_gradients import GRADIENTS, restore_gradients
 from lightning_peft.random_state import random_state, set_random_state
 from lightning_peft.resuming import RANDOM_STATES
 
@@ -144,8 +146,6 @@ SAVES_AND_RUNS = {
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # the one to resume from
 @pytest.mark.parametrize("case", SAVES_AND_RUNS)
-# A new ModelCheckpoint saves once more right after resuming, within a window of accumulated gradients.
-@pytest.mark.filterwarnings("ignore:this checkpoint is saved after 1 of 2 batches")
 def test_a_run_that_was_cut_off_resumes_bit_for_bit(case, fit, straight, tmp_path):
     how, loader, cut, options = SAVES_AND_RUNS[case]
     kind = (
@@ -245,3 +245,120 @@ def test_the_random_state_covers_python_numpy_and_torch_and_survives_a_weights_o
     assert draw() != expected
     set_random_state(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
+
+
+TURNS = itertools.count()
+
+
+class OwnOrder:
+    """Gives batches in an order of its own that nobody can bring back."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return BATCHES
+
+    def __iter__(self):
+        for _ in range(BATCHES):
+            turn = next(TURNS)
+            yield self.rows[[turn % len(self.rows), (turn + 5) % len(self.rows)]]
+
+
+class Unsized(IterableDataset):
+    def __iter__(self):
+        order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(3))
+        yield from ROWS[order]
+
+
+class StatefulUnsized(Unsized):
+    """Knows its position, but not its length, so that Lightning fetches a batch ahead."""
+
+    start = position = 0
+
+    def __iter__(self):
+        start, self.start = self.start, 0
+        for self.position, two in enumerate(DataLoader(Unsized(), batch_size=2), 1):
+            if self.position > start:
+                yield two
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.start = state["position"] % BATCHES
+
+
+def given(dataset):
+    return lambda rows, **_: dataset(rows) if dataset is OwnOrder else dataset()
+
+
+def cut_and_resumed(fit, root, loader, **options):
+    saving = [ModelCheckpoint(root, save_top_k=-1, every_n_train_steps=4) for _ in range(2)]
+    fit(root, loader, seed=1, cut=11, callbacks=saving[:1], **options)
+    return fit(root, loader, seed=99, ckpt_path=last_checkpoint(root), callbacks=saving[1:], **options)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader,
+        lambda rows, **_: DataLoader(Unsized(), batch_size=2),
+        lambda rows, **_: StatefulUnsized(),
+        lambda rows, **_: [DataLoader(rows, batch_size=2, shuffle=True), DataLoader(rows, batch_size=2, shuffle=True)],
+    ],
+    ids=["shuffled", "without a length", "with a state and without a length", "several"],
+)
+def test_within_an_epoch_a_loader_without_a_state_gives_the_same_batches(loader, fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(PEFTModule, "training_step", first_of_several(PEFTModule.training_step))
+    uninterrupted = fit(tmp_path / "a", loader, seed=1, shuffle=True)
+    assert_same_end(uninterrupted, cut_and_resumed(fit, tmp_path, loader, shuffle=True))
+
+
+def first_of_several(step):
+    def training_step(self, batch, batch_idx):
+        return step(self, batch if torch.is_tensor(batch) else torch.cat(batch), batch_idx)
+
+    return training_step
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_loader_that_gives_other_batches_is_named_once(fit, tmp_path):
+    with pytest.warns(LightningPEFTWarning, match="OwnOrder did not give the batches again") as warned:
+        cut_and_resumed(fit, tmp_path, given(OwnOrder))
+    assert len([one for one in warned if "resum" in str(one.message)]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_loaders_with_and_without_a_state_together_are_named_once(fit, tmp_path, monkeypatch):
+    monkeypatch.setattr(PEFTModule, "training_step", first_of_several(PEFTModule.training_step))
+
+    def both(rows, batch_size, shuffle):
+        return [DataLoader(rows, batch_size=batch_size), StatefulLoader(rows, batch_size=batch_size)]
+
+    with pytest.warns(
+        LightningPEFTWarning, match=r"keep their position \(StatefulLoader\) and others that do not \(DataLoader\)"
+    ):
+        cut_and_resumed(fit, tmp_path, both)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_validation_within_a_window_keeps_its_gradients(fit, straight, tmp_path):
+    options = {**VALIDATE, **ACCUMULATE, "val_check_interval": 3}
+    assert_same_end(straight["accumulated"], fit(tmp_path, DataLoader, seed=1, **options))
+
+
+def test_gathered_gradients_of_what_is_not_trained_are_refused(fit, tmp_path):
+    module, _ = fit(tmp_path, DataLoader, seed=1, max_epochs=1)
+    with pytest.raises(
+        CheckpointMismatchError, match="gathered gradient .2. of 'elsewhere', here it is no trained parameter"
+    ):
+        restore_gradients(module, {"elsewhere": torch.ones(2)})
+
+
+def test_a_checkpoint_after_a_step_holds_no_gradients(fit, tmp_path):
+    _, trainer = fit(tmp_path, DataLoader, seed=1, **ACCUMULATE)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert GRADIENTS not in torch.load(tmp_path / "x.ckpt", weights_only=True)

@@ -6,10 +6,13 @@ import os
 import shutil
 from pathlib import Path
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
+from lightning_peft.callbacks.durable_io import DurableCheckpointIO
 from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.composition import save_adapters
 from lightning_peft.errors import AdapterNotFoundError
@@ -26,6 +29,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     ``lightning.pytorch.callbacks.ModelCheckpoint``, and ``monitor``, ``save_top_k`` and ``save_last`` work as there. Each folder has a page,
     ``README.md``, with the data and what was measured. The module
     must be a :class:`~lightning_peft.PEFTModule` or have :class:`~lightning_peft.PEFTMixin`, which keeps the base out.
+
+    Local files are written by :class:`~lightning_peft.callbacks.durable_io.DurableCheckpointIO`, unless the Trainer has a
+    ``CheckpointIO`` of its own: a run that is killed while it saves leaves the checkpoints before whole.
     """
 
     @override
@@ -36,6 +42,9 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"AdapterCheckpoint needs a PEFTModule, or a LightningModule with PEFTMixin before it in its bases; {type(pl_module).__name__} "
                 "has neither and would write the whole base model into every checkpoint"
             )
+        whole_files = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        if whole_files and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = DurableCheckpointIO()
         super().setup(trainer, pl_module, stage)
 
     @override
@@ -76,7 +85,7 @@ def _save_adapters(module: PEFTMixin, folder: Path, facts: CardFacts) -> None:
             shutil.copy2(page, kept)
         for path, root in roots.items():
             inner = temporary / path if len(roots) > 1 else temporary
-            save_adapters(root, inner, facts=facts)
+            save_adapters(root, inner, facts=facts, fingerprint=module.base_fingerprint)
         _delete(folder)
         if temporary.exists():
             os.replace(temporary, folder)

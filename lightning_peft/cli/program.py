@@ -13,6 +13,7 @@ from typing import Any
 from lightning_peft import __version__
 from lightning_peft.cli.adapter_verbs import combine, diff, prune, spectrum, to_lora
 from lightning_peft.cli.arguments import PlainParser
+from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import convert, generate, merge
 from lightning_peft.errors import LightningPEFTError
@@ -36,6 +37,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "spectrum": spectrum,
     "prune": prune,
     "to-lora": to_lora,
+    "fingerprint": fingerprint,
     "methods": methods,
     "plugins": plugins,
 }
@@ -47,6 +49,7 @@ FLAGS = {
         "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory.",
     },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
+    "fingerprint": {"full": "Hash every weight of the base too."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }
 """Arguments of a verb that are given without a value, with their help."""

@@ -103,7 +103,8 @@ class ResumableDataLoader(DataLoader[Any]):
     """A ``DataLoader`` that goes on where its state says.
 
     The first iteration after :meth:`load_state_dict` starts at the saved position; every other one starts an epoch.
-    Workers are started with the first batch, when the trainer has told the sampler its epoch. Without a
+    Workers are started with the first batch, when the trainer has told the sampler its epoch; where a state was loaded, that draws
+    nothing from the global generator, which is that of the checkpoint already. Without a
     :class:`ResumableSampler` (``Trainer(overfit_batches=...)`` replaces it) this is a plain ``DataLoader``.
 
     Example:
@@ -118,6 +119,9 @@ class ResumableDataLoader(DataLoader[Any]):
         True
     """
 
+    starts_at_once = True
+    """A resumed run may set the random state of its checkpoint before the first batch."""
+
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         sampler = self.sampler
@@ -126,8 +130,13 @@ class ResumableDataLoader(DataLoader[Any]):
             return
         if sampler.position >= sampler.limit or (sampler.position and not sampler.resuming):
             sampler.advance()
+        # As a run goes on within an epoch, what starting draws was drawn before the checkpoint.
+        kept = torch.get_rng_state() if sampler.resuming and sampler.position else None
         sampler.resuming = False
-        for batch in super().__iter__():
+        batches = super().__iter__()
+        if kept is not None:
+            torch.set_rng_state(kept)
+        for batch in batches:
             sampler.position = min(sampler.position + (self.batch_size or 1), len(sampler))
             yield batch
 

@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -19,6 +20,7 @@ from lightning_peft import (
     load_adapter,
 )
 from lightning_peft.callbacks.checkpoint import adapter_folder
+from lightning_peft.callbacks.durable_io import DurableCheckpointIO
 from lightning_peft.errors import AdapterFileError, AdapterNotFoundError
 
 ROWS = torch.randint(3, 61, (8, 8), generator=torch.Generator().manual_seed(5))
@@ -238,3 +240,71 @@ def test_a_page_that_was_edited_outlives_the_next_checkpoint_of_that_name(fit, t
     page.unlink()
     callback._save_checkpoint(trainer, str(tmp_path / "same.ckpt"))
     assert "lora adapter for" in page.read_text()
+
+
+def bytes_needed(checkpoint):
+    """The bytes of the adapters and of the states of their optimizer."""
+    content = torch.load(checkpoint, weights_only=True)
+    states = [value for state in content["optimizer_states"][0]["state"].values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in [*content["state_dict"].values(), *states])
+
+
+def assert_little_else(checkpoint):
+    needed, size = bytes_needed(checkpoint), checkpoint.stat().st_size
+    assert needed < size <= 1.05 * needed, f"{size} bytes for {needed}: {size / needed:.4f}"
+
+
+def test_a_checkpoint_is_little_more_than_adapters_and_optimizer(make_trainer, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+    )
+    module = PEFTModule(LlamaForCausalLM(config), LoRA(rank=16), "all_linear")
+    callback = AdapterCheckpoint(tmp_path, filename="x")
+    make_trainer(tmp_path, max_steps=1, callbacks=[callback]).fit(module, DataLoader(ROWS, batch_size=2))
+    assert_little_else(tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_of_a_real_run_is_little_more_than_adapters_and_optimizer(data_dir, make_trainer, tmp_path):
+    from lightning_peft import CausalLMLoader
+    from lightning_peft.data import TextDataModule
+
+    model = str(data_dir / "models" / "babyllama105")
+    data = TextDataModule(
+        model, str(data_dir / "lm" / "tinyshakespeare.txt"), block_size=32, batch_size=2, max_train_tokens=512
+    )
+    callback = AdapterCheckpoint(tmp_path, filename="x")
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[callback], limit_val_batches=0)
+    trainer.fit(PEFTModule(CausalLMLoader(path=model), LoRA(rank=16), "all_linear"), data)
+    assert_little_else(tmp_path / "x.ckpt")
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    io = DurableCheckpointIO()
+    io.save_checkpoint({"epoch": 1}, tmp_path / "runs" / "x.ckpt")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(PermissionError):
+        io.save_checkpoint({"epoch": 2}, tmp_path / "runs" / "x.ckpt")
+    assert names(tmp_path / "runs") == ["x.ckpt"]
+    assert io.load_checkpoint(tmp_path / "runs" / "x.ckpt", weights_only=True) == {"epoch": 1}
+
+
+def test_a_checkpoint_io_of_the_user_stays(make_trainer, tmp_path):
+    class Mine(TorchCheckpointIO):
+        pass
+
+    for given, kind in ((Mine(), Mine), (None, DurableCheckpointIO)):
+        callback = AdapterCheckpoint(tmp_path / kind.__name__)
+        trainer = make_trainer(tmp_path, max_steps=1, callbacks=[callback], plugins=[given] if given else None)
+        trainer.fit(TwoModels(), DataLoader(torch.randn(4, 4), batch_size=2))
+        assert type(trainer.strategy.checkpoint_io) is kind

@@ -43,6 +43,7 @@ def test_the_help_shows_every_verb(capsys):
         "spectrum",
         "prune",
         "to-lora",
+        "fingerprint",
         "methods",
         "plugins",
     ):

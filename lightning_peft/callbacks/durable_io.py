@@ -1,0 +1,46 @@
+"""Checkpoint files that are whole or not there.
+
+Lightning writes through a temporary file too, but in ``$TMPDIR``: where that is another file system, its last step is a copy,
+which a kill cuts short; and it waits for no disk. Here the temporary file stands beside its target::
+
+    .last.ckpt.x1y2.tmp   written, synced      -> renamed to last.ckpt, folder synced
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from lightning_peft.adapter_files import write_file
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Lightning's way to write and read checkpoints, but local files are replaced atomically and reach the disk.
+
+    A kill at any moment leaves the former file or the new one under the name, and beside it at most a temporary one whose name
+    no search for checkpoints finds. Paths of other file systems are left to Lightning.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: the folder cannot be written; Lightning's own lets a lack of permission pass.
+        """
+        files, place = fsspec.core.url_to_fs(str(path))
+        if not isinstance(files, LocalFileSystem) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        target = Path(place)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_file(target, buffer.getbuffer())
