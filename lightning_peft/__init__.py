@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
     from lightning_peft.registry import get_registry as get_registry
+    from lightning_peft.rows import adapter_rows as adapter_rows
+    from lightning_peft.rows import set_row_adapters as set_row_adapters
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
@@ -152,6 +154,7 @@ _HOME = {
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",
+    "adapter_rows": "rows",
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
     "allocated_ranks": "plugins.adalora",
@@ -172,6 +175,7 @@ _HOME = {
     "save_adapters": "composition",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
+    "set_row_adapters": "rows",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from lightning_peft.interfaces import Adapter
 
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
+
+
+class RowRunner(Protocol):
+    """What decides, row by row of a batch, which adapters act at a place."""
+
+    def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``layer`` returns for these arguments."""
 
 
 class AdapterLayer(nn.Module):
@@ -32,6 +39,8 @@ class AdapterLayer(nn.Module):
 
     base_layer: nn.Module
     adapters: nn.ModuleDict
+    _rows: RowRunner | None = None
+    _in_rows: frozenset[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -51,6 +60,8 @@ class AdapterLayer(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base with the active adapters around it; shapes are those of the base."""
+        if self._rows is not None:
+            return self._rows.run(self, args, kwargs)
         stack = self._stack
         if len(stack) == 1:
             return stack[0](self.base_layer, *args, **kwargs)
@@ -87,6 +98,7 @@ class AdapterLayer(nn.Module):
         del self.adapters[name]
         self._active = tuple(other for other in self._active if other != name)
         self._trainable -= {name}
+        self._in_rows -= {name}
         self._refresh()
 
     def activate(self, names: Sequence[str]) -> None:
@@ -104,12 +116,25 @@ class AdapterLayer(nn.Module):
         self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
         self._refresh()
 
+    def route(self, rows: RowRunner | None) -> None:
+        """Let ``rows`` decide which adapter acts on which row of the batch; None for the active ones on all."""
+        self._rows = rows
+
+    def train_in_rows(self, names: Sequence[str]) -> None:
+        """Let the adapters among ``names`` that live here require gradients also while they are not active."""
+        self._in_rows = frozenset(name for name in names if name in self.adapters)
+        self._refresh()
+
+    def trains(self, name: str) -> bool:
+        """Tell whether the adapter ``name`` takes part in training: as an active one, or on rows of its own."""
+        return name in self._active or name in self._in_rows
+
     def _refresh(self) -> None:
         acting = [name for name in self._active if name not in self._merged]
         self._stack = tuple(self._adapter(name) for name in acting) if self._enabled else ()
         for name in self.adapters:
-            # Only active adapters require gradients: DDP then never meets a trained parameter without one.
-            self._adapter(name).requires_grad_(name in self._trainable and name in self._active)
+            # Only these require gradients: DDP then never meets a trained parameter without one.
+            self._adapter(name).requires_grad_(name in self._trainable and self.trains(name))
 
     def _adapter(self, name: str) -> Adapter:
         adapter = self.adapters[name]

@@ -23,12 +23,12 @@ else:
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor | None:
-    """Return the sum of what the active adapters in ``module`` add to the loss, a scalar; None if that is nothing."""
+    """Return the sum of what the adapters in ``module`` that are active, or trained on rows of a batch, add to the loss, a scalar; None if that is nothing."""
     total: Tensor | None = None
     for root in adapted_roots(module):
         names = [name for name, injection in records(root).items() if injection.method.auxiliary_losses]
         for layer in adapter_layers(root).values() if names else ():
-            for name in layer.active:
+            for name in filter(layer.trains, layer.adapters):
                 adapter = layer.adapters[name]
                 assert isinstance(adapter, Adapter)
                 loss = adapter.auxiliary_loss() if name in names and name not in layer.merged else None
@@ -73,7 +73,7 @@ class AdapterTraining(_Host):
         bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
         for root, name, method in acting:
             here = own_adapters(root, name)
-            active = any(name in layer.active for layer in adapter_layers(root).values())
+            active = any(layer.trains(name) for layer in adapter_layers(root).values() if name in layer.adapters)
             if active and any(p.requires_grad for adapter in here.values() for p in adapter.parameters()):
                 with torch.no_grad():
                     method.after_optimizer_step(here, bare, step, int(steps) if math.isfinite(steps) else 0)

@@ -7,7 +7,6 @@ never copied to the dtype of the adapter; the small matrices are cast to the dty
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
-from lightning_peft.interfaces import Adapter, Slice, Target
+from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.targets import is_conv1d_linear
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -86,6 +86,10 @@ class LowRankAdapter(Adapter):
                 self.base_bias.copy_(base_layer.bias)  # type: ignore[operator, arg-type]
                 self.bias.copy_(base_layer.bias)  # type: ignore[arg-type]
 
+    def held_tensors(self) -> list[Tensor]:
+        """Return every tensor that the update is made of."""
+        return [*self.parameters(), *self.buffers()]
+
     def bias_tensors(self) -> dict[str, Tensor]:
         """Return the trained bias under its name in a file."""
         return {} if self.bias is None else {"base_layer.bias": self.bias}
@@ -149,15 +153,31 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
-        if type(base) is self._plain and not _hooked(base):
-            x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-            y = F.linear(x2, weight, base.bias)  # type: ignore[attr-defined]  # (tokens, out)
-            y = self._update(x2, y, in_place=True)  # the output is fresh here, so the update can go into it
+        y = self.computed(base, x)  # fresh here, so the update can go into it
+        if y is not None:
+            y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
             return self.add_bias(y).view(*x.shape[:-1], self.out_features)
         y = base(x)
         y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, self.out_features), in_place=False).view(y.shape)
         return self.add_bias(y)
+
+    def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
+        """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        if type(base) is not self._plain or _hooked(base):
+            return None
+        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+
+    @override
+    def grouped_rows(self) -> Callable[..., Any] | None:
+        """Return the batched products, where forward is the one of this class."""
+        own = type(self).forward is LowRankLinear.forward and type(self)._update is LowRankLinear._update
+        return low_rank_rows if own else None
+
+    def row_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (K, in) and B (K, out) of the update, zero outside the slices."""
+        A, B = self.factors()
+        return A, self._dense(B).t()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (k * rank, in) and B (rank, features of all slices) of the update ``s B A``: what acts and what a file holds."""
@@ -205,7 +225,8 @@ class LowRankLinear(LowRankAdapter):
     def _blocks(self, dense: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Slice, Tensor]]:
         """Yield, slice by slice, its rows of ``dense`` (rank, out), the slice, and its columns of ``up``."""
         blocks = torch.split(up, [part.features for part in self.slices], dim=1)
-        yield from zip(torch.split(dense, self.rank), self.slices, blocks, strict=True)
+        for number, (part, block) in enumerate(zip(self.slices, blocks, strict=True)):
+            yield dense.narrow(0, number * self.rank, self.rank), part, block
 
     @override
     def disk_tensors(self) -> dict[str, Tensor]:
@@ -298,67 +319,6 @@ class LowRankConv(LowRankAdapter):
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
         delta = torch.tensordot(self.lora_B.detach().flatten(1), self.lora_A.detach(), dims=1)  # (out, in, *kernel)
         return self.merged_with(base_layer, weight=self.scaling * delta)
-
-
-class LowRankMultiheadAttention(LowRankAdapter):
-    """LoRA on ``nn.MultiheadAttention``: its joint input projection and its output projection.
-
-    The module reads its weights itself, so the updates are added to the weights for the time of the forward.
-    """
-
-    def __init__(self, settings: LowRankSettings, module: nn.MultiheadAttention, target: Target) -> None:
-        super().__init__(settings, module)
-        for name in ("dropout", "bias"):
-            if getattr(settings, name) not in (0.0, "none"):
-                raise TargetError(
-                    f"LoRA {name}={getattr(settings, name)!r} was asked for at {target.path!r}, an nn.MultiheadAttention, "
-                    f"whose projections are not modules: {name} is not possible there"
-                )
-        width = module.embed_dim
-        self.lora_A, self.lora_B = self.new(self.rank, width), self.new(self.rank, 3 * width)
-        self.out_lora_A, self.out_lora_B = self.new(self.rank, width), self.new(self.rank, width)
-
-    @override
-    def reset_parameters(self, base_layer: nn.Module) -> None:
-        self.reset_down(self.lora_A, self.out_lora_A)
-        nn.init.zeros_(self.lora_B)
-        nn.init.zeros_(self.out_lora_B)
-
-    def deltas(self) -> dict[str, Tensor]:
-        """Return what is added to each weight, (out, in)."""
-        return {
-            "in_proj_weight": self.scaling * (self.lora_B.t() @ self.lora_A),
-            "out_proj.weight": self.scaling * (self.out_lora_B.t() @ self.out_lora_A),
-        }
-
-    @override
-    def forward(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Arguments and results are those of ``nn.MultiheadAttention``."""
-        around: list[LowRankMultiheadAttention] = [self]
-        while isinstance(base, functools.partial):  # further adapters inside this one: their updates add up
-            assert isinstance(base.func, LowRankMultiheadAttention)
-            around.append(base.func)
-            base = base.args[0]
-        assert isinstance(base, nn.MultiheadAttention)
-        names = ("in_proj_weight", "out_proj.weight")
-        weights: dict[str, Tensor] = {name: base.get_parameter(name) for name in names}
-        for adapter in around:
-            weights = {name: weights[name] + delta.to(weights[name].dtype) for name, delta in adapter.deltas().items()}
-        return torch.func.functional_call(base, weights, args, kwargs)
-
-    @override
-    def disk_tensors(self) -> dict[str, Tensor]:
-        return {
-            "lora_A.weight": self.lora_A,
-            "lora_B.weight": self.lora_B.t(),
-            "base_layer.out_proj.lora_A.weight": self.out_lora_A,
-            "base_layer.out_proj.lora_B.weight": self.out_lora_B.t(),
-        }
-
-    @override
-    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        deltas = {name.replace(".", "__"): delta.detach() for name, delta in self.deltas().items()}
-        return self.merged_with(base_layer, **deltas)
 
 
 class BiasAdapter(LowRankAdapter):

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies
 from lightning_peft.interfaces import Adapter
+from lightning_peft.row_batches import current_rows
 
 _MASK_NAMES = ("attention_mask", "mask", "key_padding_mask")
 """How attention calls its mask; true means "attend", but for the last, where it means padding."""
@@ -39,16 +40,27 @@ class TokenGrid:
     """Which tokens are real (batch * sequence,), bool; None for all."""
 
 
-class _Note(threading.local):
-    grid: TokenGrid | None = None
+class _Notes(threading.local):
+    """Notes by the rows of the batch that attention ran on: None for all of them."""
+
+    def __init__(self) -> None:
+        self.grids: dict[tuple[int, ...] | None, TokenGrid] = {}
+
+    def put(self, grid: TokenGrid | None) -> None:
+        rows = current_rows()
+        if rows is None:
+            self.grids.clear()
+        self.grids.pop(rows, None)
+        if grid is not None:
+            self.grids[rows] = grid
 
 
-_note = _Note()
+_notes = _Notes()
 
 
 def take_note(tokens: int) -> TokenGrid | None:
     """Return what attention noted, if it is about that many ``tokens``, and forget it."""
-    grid, _note.grid = _note.grid, None
+    grid = _notes.grids.pop(current_rows(), None)
     return grid if grid is not None and grid.shape[0] * grid.shape[1] == tokens else None
 
 
@@ -95,10 +107,10 @@ def note_mask(argument: tuple[str, int], *args: Any, **kwargs: Any) -> None:
     x = args[0] if args else kwargs.get("hidden_states")
     mask = args[place] if len(args) > place else kwargs.get(name)
     if not isinstance(x, Tensor) or x.dim() != 3:
-        _note.grid = None
+        _notes.put(None)
         return
     shape = (x.shape[0], x.shape[1])
-    _note.grid = TokenGrid(shape, real_tokens(mask, shape, inverted=name == "key_padding_mask"))
+    _notes.put(TokenGrid(shape, real_tokens(mask, shape, inverted=name == "key_padding_mask")))
 
 
 class MaskReader(Adapter):

@@ -31,9 +31,9 @@ from lightning_peft.arithmetic.low_rank import (
     LowRankConv,
     LowRankEmbedding,
     LowRankLinear,
-    LowRankMultiheadAttention,
     LowRankSettings,
 )
+from lightning_peft.arithmetic.low_rank_attention import LowRankMultiheadAttention
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
