@@ -18,7 +18,6 @@ from lightning_peft import (
     LoRAFA,
     Method,
     NormTuning,
-    PiSSA,
     PrefixTuning,
     PromptTuning,
     VeRA,
@@ -29,7 +28,7 @@ from lightning_peft import (
     set_active_adapters,
     set_row_adapters,
 )
-from lightning_peft.adapter_layer import adapter_layers, adapters_named
+from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.errors import AdapterNotFoundError, ConfigError, InjectionError, MergeError
 from lightning_peft.testing.subject import distance
 from lightning_peft.testing.toys import tiny_gpt2, tiny_llama, token_batch
@@ -142,3 +141,166 @@ def test_gradients_of_every_kind_are_those_of_a_pass_of_each(kind: str) -> None:
     for key, gradient in apart.items():
         name = key.split(".adapters.")[1].split(".")[0]
         assert float((gradient - together[key]).abs().max()) <= TOLERANCE * largest[name], key
+
+
+def test_rows_without_an_adapter_are_the_base_bit_for_bit() -> None:
+    model = held(tiny_llama(), ["small", "large"])
+    batch = token_batch(rows=4)
+    with torch.no_grad():
+        with adapter_rows(model, ["large", None, "small", None]):
+            together = model(**batch).logits
+        with adapters_disabled(model):
+            base = model(**batch).logits
+    assert torch.equal(together[1::2], base[1::2])
+
+
+def test_blocks_nest_and_the_active_adapters_come_back() -> None:
+    model = held(tiny_llama(), ["small", "large"])
+    batch = token_batch(rows=2)
+    with torch.no_grad():
+        active = model(**batch).logits
+        with adapter_rows(model, ["small", None]):
+            outer = model(**batch).logits
+            with pytest.raises(RuntimeError, match="stop"), adapter_rows(model, [None, "small"]):
+                raise RuntimeError("stop")
+            assert torch.equal(model(**batch).logits, outer)
+        assert torch.equal(model(**batch).logits, active)
+
+
+def test_changed_parameters_count_inside_a_block() -> None:
+    model = held(tiny_llama(), ["small"])
+    batch = token_batch(rows=2)
+    with torch.no_grad(), adapter_rows(model, ["small", None]):
+        before = model(**batch).logits
+        randomise(model, ["small"])
+        after = model(**batch).logits
+    assert distance(after[0], before[0]) > 1e-3
+    assert torch.equal(after[1], before[1])
+
+
+def test_several_adapters_on_one_row_nest() -> None:
+    model = held(tiny_llama(), ["small", "bottleneck"])
+    batch = token_batch(rows=3)
+    with torch.no_grad():
+        with adapter_rows(model, [["small", "bottleneck"], "small", None]):
+            together = model(**batch).logits
+        set_active_adapters(model, ["small", "bottleneck"])
+        both = model(**batch).logits
+    assert distance(together[0], both[0]) <= TOLERANCE
+
+
+def test_dropout_is_that_of_each_row() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    inject(model, LoRA(rank=4, dropout=0.5), "0", name="half")
+    inject(model, LoRA(rank=4), "0", name="none")
+    randomise(model, ["half", "none"])
+    model.train()
+    x = torch.randn(3, 5, 64)
+    with torch.no_grad(), adapter_rows(model, ["half", "none", None]):
+        one, other = model(x), model(x)
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[1:], other[1:])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_one_batch_generates_what_each_adapter_does(beams: int) -> None:
+    names = ["small", "large", "dora", "prefix", "longer"]
+    model = held(tiny_llama(use_cache=True), names)
+    rows = [None, *names]
+    ids = token_batch(rows=len(rows), length=6)["input_ids"]
+    options = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "do_sample": False,
+        "num_beams": beams,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(ids),
+    }
+    with adapter_rows(model, rows):
+        together = model.generate(ids, **options)
+    assert torch.equal(together, alone(model, rows, lambda: model.generate(ids, **options)))
+    assert len({tuple(row) for row in together[:, 6:].tolist()}) > 1
+
+
+def _gradients(model: nn.Module, *, inside: bool, checkpointing: bool) -> dict[str, Tensor]:
+    rows = ["small", None, "dora"]
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.zero_grad()
+    with adapter_rows(model, rows):
+        loss = model(**token_batch(), labels=token_batch()["input_ids"]).loss
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_needs_backward_inside_the_block() -> None:
+    def made() -> nn.Module:
+        model = held(tiny_llama(), ["small", "dora"])
+        set_row_adapters(model, ["small", "dora"])
+        return model
+
+    plain = _gradients(made(), inside=False, checkpointing=False)
+    again = _gradients(made(), inside=True, checkpointing=True)
+    assert sorted(plain) == sorted(again)
+    assert all(distance(again[key], plain[key]) <= TOLERANCE for key in plain)
+    with pytest.raises(InjectionError, match="call backward inside it"):
+        _gradients(made(), inside=False, checkpointing=True)
+
+
+def test_autocast_keeps_the_precision_of_the_base() -> None:
+    model = held(tiny_llama(), ["small", "large", "dora"])
+    batch = token_batch(rows=4)
+    rows = ["small", None, "dora", "large"]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with adapter_rows(model, rows):
+            together = model(**batch).logits
+        apart = alone(model, rows, lambda: model(**batch).logits)
+    assert together.dtype == apart.dtype
+    assert distance(together, apart) <= 3e-2
+
+
+def test_a_compiled_model_takes_rows() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    inject(model, LoRA(rank=2), ["0", "2"], name="a")
+    inject(model, LoRA(rank=3), ["0"], name="b")
+    randomise(model, ["a", "b"])
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 8)
+    with torch.no_grad(), adapter_rows(model, ["a", None, "b"]):
+        assert distance(compiled(x), model(x)) <= TOLERANCE
+
+
+def test_what_cannot_be_told_apart_by_rows_is_refused() -> None:
+    model = held(tiny_llama(), ["small"])
+    for names, error, why in (
+        (["smal"], AdapterNotFoundError, "no such adapter"),
+        ([], ConfigError, "for each row"),
+        ("small", ConfigError, "for each row"),
+        ([3], ConfigError, "got 3"),
+    ):
+        with pytest.raises(error, match=why), adapter_rows(model, names):
+            pass
+    with pytest.raises(InjectionError, match="first dimension of 3"), adapter_rows(model, ["small", None]):
+        model(**token_batch(rows=3))
+    merge_adapters(model)
+    with pytest.raises(MergeError, match="which all rows share"), adapter_rows(model, ["small"]):
+        pass
+    full = tiny_llama()
+    inject(full, FullFineTuning(), "lm_head")
+    with pytest.raises(InjectionError, match="row_routable"), adapter_rows(full, ["default"]):
+        pass
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    inject(encoder, LoRA(rank=2), ["linear1"])
+    with pytest.raises(InjectionError, match="second dimension"), adapter_rows(encoder, ["default"]):
+        pass
+    experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
+    inject(experts, LoRA(rank=2), ["experts.0"])
+    with pytest.raises(InjectionError, match="an expert"), adapter_rows(experts, ["default"]):
+        pass
+    two = held(tiny_llama(), ["dora", "small"])
+    with pytest.raises(InjectionError, match="acts alone"), adapter_rows(two, [["dora", "small"]]):
+        pass
