@@ -22,9 +22,9 @@ class RowTests(Subject):
         """With ``row_routable``, one batch gives each row what a pass with its adapter alone gives it, and so do the gradients."""
         if not self.method.row_routable:
             model = self.adapted()
-            with refused(InjectionError, "rows were given to a method with row_routable = False"):
-                with adapter_rows(model, ["default"]):
-                    pass
+            why = "rows were given to a method with row_routable = False"
+            with refused(InjectionError, why), adapter_rows(model, ["default"]):
+                pass
             return
         model = self.trained()
         self.inject(model, "other")
