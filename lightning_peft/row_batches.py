@@ -38,6 +38,14 @@ class AdapterRows:
     held: dict[Any, Any] = field(default_factory=dict)
     """Lives as long as rows are chosen: what is made of parameters may be kept here while no gradients are wanted."""
 
+    def numbers(self, values: Sequence[int], device: torch.device) -> Tensor:
+        """Return ``values`` as a tensor, which is made once."""
+        key = (tuple(values), device, torch.is_inference_mode_enabled())
+        if key not in self.held:
+            self.held[key] = torch.tensor(list(values), device=device)
+        found: Tensor = self.held[key]
+        return found
+
 
 class _Current(threading.local):
     rows: tuple[int, ...] | None = None
@@ -238,6 +246,10 @@ class _Caches:
         cache.update(keys, values, *parts[0].options[0], **parts[0].options[1])
 
 
+class _NoPartError(InjectionError, AttributeError):
+    """What a part of a cache does not have; an attribute error too, so that code may ask."""
+
+
 class _CachePart:
     """Stands for a cache in the call of one group of rows."""
 
@@ -255,9 +267,9 @@ class _CachePart:
         return torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
-        raise InjectionError(
+        raise _NoPartError(
             f"the module at {self._caches.split.place!r} is run by rows of different adapters and asks its cache for {name!r}, which parts of "
             "a cache do not have; adapters around it, such as prompts, cannot generate by rows: run them in batches of their own"
         )

@@ -14,14 +14,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from lightning_peft.activation import alone
-from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapter_names, adapters_named
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, adapted_roots, records
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
@@ -57,8 +57,8 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
         ...     model(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
-    rows = _checked(model, names)
     layers = adapter_layers(model)
+    rows = _checked(model, names, layers)
     plan = RowPlan(rows, {id(layer): path for path, layer in layers.items()})
     outer = {path: layer._rows for path, layer in layers.items()}
     for layer in layers.values():
@@ -81,8 +81,9 @@ def set_row_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         InjectionError: the method of one is not ``row_routable``.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    _check_names(model, names)
-    for layer in adapter_layers(model).values():
+    layers = adapter_layers(model)
+    _check_names(model, names, layers)
+    for layer in layers.values():
         layer.train_in_rows(names)
 
 
@@ -201,7 +202,7 @@ _left = _Left()
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def _checked(model: nn.Module, names: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
+def _checked(model: nn.Module, names: Sequence[Row], layers: Mapping[str, AdapterLayer]) -> tuple[tuple[str, ...], ...]:
     """Return the adapters of each row, after all that can be seen beforehand was."""
     rows: list[tuple[str, ...]] = []
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
@@ -221,15 +222,14 @@ def _checked(model: nn.Module, names: Sequence[Row]) -> tuple[tuple[str, ...], .
                 f"a row has the name of an adapter, a list of names or None, got {row!r} among {len(names)} rows"
             )
         rows.append(tuple(dict.fromkeys(several)))
-    _check_names(model, list(dict.fromkeys(name for row in rows for name in row)))
+    _check_names(model, list(dict.fromkeys(name for row in rows for name in row)), layers)
     for several in dict.fromkeys(row for row in rows if len(row) > 1):
         _check_together(model, several)
     return tuple(rows)
 
 
-def _check_names(model: nn.Module, names: Sequence[str]) -> None:
-    layers = adapter_layers(model)
-    present = adapter_names(model)
+def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> None:
+    present = {name for layer in layers.values() for name in layer.adapters}
     merged = sorted({name for layer in layers.values() for name in layer.merged})
     if merged:
         raise MergeError(

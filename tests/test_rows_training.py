@@ -30,7 +30,9 @@ def by_rows(checkpointing: bool = False) -> PEFTModule:
         model.enable_input_require_grads()
     methods = [Adaptation(LoRA(rank=2), name="a"), Adaptation(DoRA(rank=3), name="b")]
     torch.manual_seed(0)
-    return PEFTModule(model, methods, by_rows=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    module = PEFTModule(model, methods, by_rows=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    module.configure_model()
+    return module
 
 
 def trained(module: LightningModule) -> dict[str, Tensor]:
@@ -39,7 +41,6 @@ def trained(module: LightningModule) -> dict[str, Tensor]:
 
 def test_fit_trains_each_adapter_on_its_rows_with_checkpointing_as_without(make_trainer, tmp_path):
     plain, saving = by_rows(), by_rows(checkpointing=True)
-    plain.configure_model()
     before = trained(plain)
     for module in (plain, saving):
         make_trainer(tmp_path, max_steps=2).fit(module, DataLoader(rows(), batch_size=6))
@@ -49,7 +50,6 @@ def test_fit_trains_each_adapter_on_its_rows_with_checkpointing_as_without(make_
 
     # A step of "a" alone, on its rows and the share of the loss that is theirs, is the same step.
     alone = by_rows()
-    alone.configure_model()
     first = by_rows()
     make_trainer(tmp_path, max_steps=1).fit(first, DataLoader(rows(), batch_size=6))
     set_row_adapters(alone.model, [])
@@ -64,7 +64,6 @@ def test_fit_trains_each_adapter_on_its_rows_with_checkpointing_as_without(make_
 
 def test_an_adapter_that_a_batch_does_not_name_stays_as_it_is(make_trainer, tmp_path):
     module = by_rows()
-    module.configure_model()
     before = trained(module)
     only = [row for row in rows() if row["adapter"] != "b"]
     make_trainer(tmp_path, max_steps=2).fit(module, DataLoader(only, batch_size=4))

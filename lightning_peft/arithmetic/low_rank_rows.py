@@ -35,14 +35,14 @@ def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Ten
     parts = x.reshape(n, -1, x.shape[-1])  # (rows, tokens, in)
     out = y.reshape(n, -1, features)  # (rows, tokens, out)
     chosen = [row for row, place in enumerate(rows.index) if place >= 0]
-    some = torch.tensor(chosen, device=x.device) if len(chosen) < n else None
+    some = rows.numbers(chosen, x.device) if len(chosen) < n else None
     if some is not None:
         parts = parts.index_select(0, some)
     places = [rows.index[row] for row in chosen]
     A, B = _gathered(rows, places, y)
     parts = _dropped(parts, [adapters[place].dropout if adapters[place].training else 0.0 for place in places])
     h = torch.bmm(A, parts.to(y.dtype).transpose(1, 2)).transpose(1, 2)  # (rows, tokens, K)
-    bias = _biases(adapters, places, y)
+    bias = _biases(rows, places, y)
     if some is None:
         out = out.baddbmm_(h, B) if fresh is not None else torch.baddbmm(out, h, B)
         out = out if bias is None else out + bias
@@ -73,7 +73,7 @@ def _gathered(rows: AdapterRows, places: list[int], y: Tensor) -> tuple[Tensor, 
     downs = [F.pad(A, (0, 0, 0, K - len(A))) if len(A) < K else A for A, _ in pairs]
     scaled = [B * adapter.scaling for (_, B), adapter in zip(pairs, adapters, strict=True)]
     ups = [F.pad(B, (0, 0, 0, K - len(B))) if len(B) < K else B for B in scaled]
-    index = torch.tensor(places, device=y.device)
+    index = rows.numbers(places, y.device)
     A, B = (torch.stack(list(one)).to(y).index_select(0, index) for one in (downs, ups))
     if kept:
         rows.held.update(mark=mark, pair=(A, B))
@@ -91,12 +91,13 @@ def _dropped(x: Tensor, rates: list[float]) -> Tensor:
     return x * (mask / keep).to(x.dtype)
 
 
-def _biases(adapters: tuple[LowRankLinear, ...], places: list[int], y: Tensor) -> Tensor | None:
+def _biases(rows: AdapterRows, places: list[int], y: Tensor) -> Tensor | None:
     """Return what training changed of each row's bias (rows, 1, out); None where no adapter trains it."""
+    adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
     if all(adapter.bias is None for adapter in adapters):
         return None
     changes = [
         y.new_zeros(y.shape[-1]) if adapter.bias is None else (adapter.bias - adapter.base_bias).to(y.dtype)  # type: ignore[operator]
         for adapter in adapters
     ]
-    return torch.stack(changes).index_select(0, torch.tensor(places, device=y.device)).unsqueeze(1)
+    return torch.stack(changes).index_select(0, rows.numbers(places, y.device)).unsqueeze(1)
