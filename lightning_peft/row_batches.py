@@ -78,7 +78,7 @@ def entries_per_row(rows: int, place: str, args: Sequence[Any], kwargs: Mapping[
     Raises:
         InjectionError: the first argument cannot be shared out to so many rows.
     """
-    first = next(_tensors(args), None)
+    first: Tensor | None = next(_tensors(args), None)
     if first is None:
         named = [kwargs[name] for name in _LEADING if isinstance(kwargs.get(name), Tensor)]
         first = next(iter(named), None) if named else next(_tensors(kwargs), None)

@@ -187,7 +187,7 @@ class _Left:
 
     def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the active adapters; refuse to do so where the forward of before is meant."""
-        if torch._C._current_graph_task_id() != -1:  # type: ignore[attr-defined]
+        if torch._C._current_graph_task_id() != -1:  # inside backward
             raise InjectionError(
                 "gradient checkpointing runs a forward again whose rows had adapters of their own, but the block of adapter_rows was left; "
                 "call backward inside it"
