@@ -106,6 +106,8 @@ if TYPE_CHECKING:
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.routers import Assignment as Assignment
     from lightning_peft.routers import Router as Router
+    from lightning_peft.rows import adapter_rows as adapter_rows
+    from lightning_peft.rows import set_row_adapters as set_row_adapters
     from lightning_peft.scaling import adapter_scale as adapter_scale
     from lightning_peft.scaling import adapters_scaled as adapters_scaled
     from lightning_peft.scaling import scale_adapters as scale_adapters
@@ -194,6 +196,7 @@ _HOME = {
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
     "adapter_names": "adapter_layer",
+    "adapter_rows": "rows",
     "adapter_scale": "scaling",
     "adapter_state_dict": "state",
     "adapters_disabled": "activation",
@@ -231,6 +234,7 @@ _HOME = {
     "scale_adapters": "scaling",
     "scale_learning_rates": "optimization",
     "set_active_adapters": "activation",
+    "set_row_adapters": "rows",
     "spectrum": "adapter_tools.comparing",
     "swap_adapter": "swapping",
     "to_lora": "adapter_tools.conversion",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,13 @@ class MergeState:
     """Names of the adapters that were merged without keeping what they replaced."""
 
 
+class RowRunner(Protocol):
+    """What decides, row by row of a batch, which adapters act at a place."""
+
+    def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``layer`` returns for these arguments."""
+
+
 class AdapterLayer(nn.Module):
     """Stands at an adapted place: the module that was there, and the adapters around it.
 
@@ -51,6 +58,8 @@ class AdapterLayer(nn.Module):
 
     base_layer: nn.Module
     adapters: nn.ModuleDict
+    _rows: RowRunner | None = None
+    _in_rows: frozenset[str] = frozenset()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -58,7 +67,7 @@ class AdapterLayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self._active: tuple[str, ...] = ()
         self._trainable: set[str] = set()
-        self._training_now: set[str] = set()  # those of them that are active
+        self._training_now: set[str] = set()  # those of them that act
         self._enabled = True
         # What merging replaced: adapter names, and parameter name -> its value before.
         self._merged: tuple[str, ...] = ()
@@ -75,6 +84,8 @@ class AdapterLayer(nn.Module):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base with the active adapters around it; shapes are those of the base."""
+        if self._rows is not None:
+            return self._rows.run(self, args, kwargs)
         stack = self._stack
         if len(stack) == 1:
             return stack[0](self.base_layer, *args, **kwargs)
@@ -122,6 +133,7 @@ class AdapterLayer(nn.Module):
         self._active = tuple(other for other in self._active if other != name)
         self._trainable.discard(name)
         self._training_now.discard(name)
+        self._in_rows -= {name}
         self._refresh()
 
     def rename(self, old: str, new: str) -> None:
@@ -131,6 +143,7 @@ class AdapterLayer(nn.Module):
             self.adapters[new if key == old else key] = adapter
         self._active = tuple(new if name == old else name for name in self._active)
         self._merged = tuple(new if name == old else name for name in self._merged)
+        self._in_rows = frozenset(new if name == old else name for name in self._in_rows)
         for names in (self._trainable, self._training_now):
             if old in names:
                 names.remove(old)
@@ -151,13 +164,27 @@ class AdapterLayer(nn.Module):
         (self._trainable.add if trainable else self._trainable.discard)(name)
         self._refresh()
 
+    def route(self, rows: RowRunner | None) -> None:
+        """Let ``rows`` decide which adapter acts on which row of the batch; None for the active ones on all."""
+        self._rows = rows
+
+    def train_in_rows(self, names: Sequence[str]) -> None:
+        """Let the adapters among ``names`` that live here require gradients also while they are not active."""
+        self._in_rows = frozenset(name for name in names if name in self.adapters)
+        self._refresh()
+
+    def trains(self, name: str) -> bool:
+        """Tell whether the adapter ``name`` takes part in training: as an active one, or on rows of its own."""
+        return name in self._active or name in self._in_rows
+
     def _refresh(self) -> None:
         acting = [name for name in self._active if name not in self._merged]
         self._stack = tuple(self._adapter(name) for name in acting) if self._enabled else ()
-        # Only active adapters require gradients: DDP then never meets a trained parameter without one. The others are left
+        # Only adapters that act require gradients: DDP then never meets a trained parameter without one. The others are left
         # alone, so that the cost of a switch does not grow with the number of adapters.
-        trained = self._trainable.intersection(self._active)
-        for name in self._training_now.union(self._active):
+        acting_now = {*self._active, *self._in_rows}
+        trained = self._trainable & acting_now
+        for name in self._training_now | acting_now:
             self._adapter(name).requires_grad_(name in trained)
         self._training_now = trained
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,11 @@ from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import loss_scale
+from lightning_peft.rows import adapter_rows
 from lightning_peft.saved_modules import own_adapters
+
+ADAPTER_COLUMN = "adapter"
+"""Key of a batch under which each row names its adapter."""
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Host
@@ -23,12 +28,12 @@ else:
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor | None:
-    """Return the sum of what the active adapters in ``module`` add to the loss, a scalar; None if that is nothing."""
+    """Return the sum of what the adapters in ``module`` that are active, or trained on rows of a batch, add to the loss, a scalar; None if that is nothing."""
     total: Tensor | None = None
     for root in adapted_roots(module):
         names = [name for name, injection in records(root).items() if injection.method.auxiliary_losses]
         for layer in adapter_layers(root).values() if names else ():
-            for name in layer.active:
+            for name in filter(layer.trains, layer.adapters):
                 adapter = layer.adapters[name]
                 assert isinstance(adapter, Adapter)
                 loss = adapter.auxiliary_loss() if name in names and name not in layer.merged else None
@@ -40,6 +45,29 @@ def auxiliary_loss(module: nn.Module) -> Tensor | None:
 class AdapterTraining(_Host):
     """The hooks of a LightningModule that let adapters take part in training, whatever ``training_step`` does."""
 
+    @contextlib.contextmanager
+    def batch_rows(self, batch: Any) -> Iterator[Any]:
+        """Let the adapters that a batch names act on its rows for the time of a ``with`` block, and in the backward behind it.
+
+        Yields:
+            The batch without its column ``adapter``: a name for each row, and None or ``""`` for the base alone. A batch
+            without that column is handed back, and the active adapters act.
+        """
+        names: Sequence[Any] | None = None
+        if isinstance(batch, Mapping) and ADAPTER_COLUMN in batch:
+            names = [name or None for name in batch[ADAPTER_COLUMN]]
+            batch = {key: value for key, value in batch.items() if key != ADAPTER_COLUMN}
+        self.__dict__["_row_names"] = names
+        with self._rows(names):
+            yield batch
+
+    @contextlib.contextmanager
+    def _rows(self, names: Sequence[Any] | None) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for root in adapted_roots(self) if names is not None else ():
+                stack.enter_context(adapter_rows(root, names or []))
+            yield
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add what the adapters ask for to ``loss``, in its scale, and run backward; losses of routers join in there."""
         share = 1.0 / self.trainer.accumulate_grad_batches if self.automatic_optimization else 1.0
@@ -48,7 +76,8 @@ class AdapterTraining(_Host):
         own = auxiliary_loss(self)
         if own is not None and own.requires_grad:
             loss = loss + (own * scale).to(loss.device, loss.dtype)
-        with loss_scale(scale):
+        # What gradient checkpointing runs again needs the rows of the forward.
+        with loss_scale(scale), self._rows(self.__dict__.pop("_row_names", None)):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(
@@ -73,7 +102,7 @@ class AdapterTraining(_Host):
         bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
         for root, name, method in acting:
             here = own_adapters(root, name)
-            active = any(name in layer.active for layer in adapter_layers(root).values())
+            active = any(layer.trains(name) for layer in adapter_layers(root).values() if name in layer.adapters)
             if active and any(p.requires_grad for adapter in here.values() for p in adapter.parameters()):
                 with torch.no_grad():
                     method.after_optimizer_step(here, bare, step, int(steps) if math.isfinite(steps) else 0)

@@ -24,6 +24,7 @@ from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Method
 from lightning_peft.model_card import CardFacts
 from lightning_peft.rollback import unchanged_on_error
+from lightning_peft.rows import set_row_adapters
 from lightning_peft.saved_modules import saved_places
 from lightning_peft.scaling import adapter_scale, scale_adapters
 from lightning_peft.state import load_adapter, planned_adapter, write_adapter
@@ -97,6 +98,7 @@ def inject_all(
     *,
     family: ModelFamily | str | None = None,
     trainable: bool = True,
+    by_rows: bool = False,
 ) -> dict[str, Injection]:
     """Adapt ``model`` in place with several methods and make all of them active, the first one innermost.
 
@@ -107,6 +109,7 @@ def inject_all(
         adaptations: methods with their targets, or bare methods with their default targets.
         family: the model family, or its name, where it should not be found from the model.
         trainable: whether the adapters are trained.
+        by_rows: they act on rows of their own instead, so methods may meet that act alone at a place; none is active.
 
     Returns:
         What was injected where, by adapter name.
@@ -130,7 +133,8 @@ def inject_all(
     for name in chosen:
         check_name(model, name)
     plans = {name: plan(model, one.method, one.targets, one.modules_to_save, known) for name, one in chosen.items()}
-    _check_together(model, plans, known)
+    if not by_rows:
+        _check_together(model, plans, known)
     with unchanged_on_error(model):
         prepare_base(
             model, list(plans.values()), known
@@ -147,7 +151,9 @@ def inject_all(
             )
             for name, one in chosen.items()
         }
-        set_active_adapters(model, list(chosen))
+        set_active_adapters(model, [] if by_rows else list(chosen))
+        if by_rows:
+            set_row_adapters(model, list(chosen))
     return made
 
 

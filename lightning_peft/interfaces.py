@@ -108,6 +108,14 @@ class Adapter(nn.Module, ABC):
     def reset_parameters(self, base_layer: nn.Module) -> None:
         """Give every tensor its initial value. ``base_layer`` is the adapted module."""
 
+    def grouped_rows(self) -> Callable[..., Any] | None:
+        """Return a function that runs the rows of many adapters of this kind in one go; None to run each one's rows by forward.
+
+        It is called as ``function(base, rows, *args, **kwargs)`` with a :class:`~lightning_peft.row_batches.AdapterRows`. Adapters
+        that return the same function run together. Rows of index -1 get the base.
+        """
+        return None
+
     def learning_rate_ratios(self) -> Mapping[str, float]:
         """Return parameter name to the factor of its learning rate, for parameters where that is not one."""
         return self.lr_ratios

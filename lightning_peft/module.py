@@ -15,7 +15,9 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
+from lightning_peft.adapter_layer import adapter_names
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
@@ -30,6 +32,7 @@ from lightning_peft.optimization import (
     scale_learning_rates,
     warn_of_lost_ratios,
 )
+from lightning_peft.rows import set_row_adapters
 from lightning_peft.state import load_adapter
 from lightning_peft.targets import Targets
 
@@ -53,7 +56,8 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     Nothing is loaded before the Trainer calls ``configure_model``. A batch may be
 
-    * a **dict**: handed to the model as keyword arguments, as transformers' models expect;
+    * a **dict**: handed to the model as keyword arguments, as transformers' models expect, but for the column ``adapter``, which
+      names the adapter of each row (None or ``""`` for the base alone);
     * a **tuple** ``(*inputs, target)``: the inputs are handed over, the target goes to ``loss``;
     * a **tensor** of token ids: input and labels of a causal language model.
 
@@ -69,6 +73,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         name: name of the adapter in the model, where there is one method.
         optimizer: makes the optimizer from the parameter groups. Matrices decay; vectors such as biases do not.
         lr_scheduler: makes the learning-rate scheduler from the optimizer.
+        by_rows: train several adapters at once, each on the rows that name it in the column ``adapter``; none is active on others.
         lr_interval: whether the scheduler advances every ``step`` or every ``epoch``.
         loss: called as ``loss(outputs, target)`` with what the model returned and the last element of a tuple batch, the
             ``labels`` of a dict batch, or a tensor batch itself. If None, the model must return its own loss.
@@ -106,6 +111,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         loss: Loss | None = None,
         fingerprint: Literal["sampled", "full"] = "sampled",
         check_base: bool = True,
+        by_rows: bool = False,
     ) -> None:
         super().__init__()
         check_kind(fingerprint)
@@ -137,7 +143,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         self.__dict__["_base"] = base
         self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
-        self.loss, self.base_fingerprint, self.check_base = loss, fingerprint, check_base
+        self.loss, self.base_fingerprint, self.check_base, self.by_rows = loss, fingerprint, check_base, by_rows
         self.metrics = nn.ModuleDict()
 
     def _save_plain_hyperparameters(self, adapter: str | None) -> None:
@@ -174,7 +180,10 @@ class PEFTModule(PEFTMixin, LightningModule):
                 )
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
-            inject_all(model, self.adaptations)
+            inject_all(model, self.adaptations, by_rows=self.by_rows)
+        if self.by_rows:
+            set_active_adapters(model, [])
+            set_row_adapters(model, adapter_names(model))
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
@@ -215,7 +224,11 @@ class PEFTModule(PEFTMixin, LightningModule):
         return self.model(*args, **kwargs)
 
     def predict_outputs(self, batch: Any) -> Any:
-        """Call the model on a batch of any of the three kinds."""
+        """Call the model on a batch of any of the three kinds; a dict batch may name an ``adapter`` for each row."""
+        with self.batch_rows(batch) as batch:
+            return self._outputs(batch)
+
+    def _outputs(self, batch: Any) -> Any:
         if isinstance(batch, Mapping):
             own_loss = self.loss is not None
             return self(**{key: value for key, value in batch.items() if not (own_loss and key == "labels")})

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
 from lightning_peft.interfaces import Adapter, Slice
@@ -115,6 +116,10 @@ class LowRankAdapter(Adapter):
                 self.base_bias.copy_(base_layer.bias)  # type: ignore[operator, arg-type]
                 self.bias.copy_(base_layer.bias)  # type: ignore[arg-type]
 
+    def held_tensors(self) -> list[Tensor]:
+        """Return every tensor that the update is made of."""
+        return [*self.parameters(), *self.buffers()]
+
     def bias_tensors(self) -> dict[str, Tensor]:
         """Return the trained bias under its name in a file."""
         return {} if self.bias is None else {"base_layer.bias": self.bias}
@@ -184,15 +189,31 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
-        if type(base) is self._plain and not _hooked(base):
-            x2 = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-            y = F.linear(x2, weight, base.bias)  # type: ignore[attr-defined]  # (tokens, out)
-            y = self._update(x2, y, in_place=True)  # the output is fresh here, so the update can go into it
+        y = self.computed(base, x)  # fresh here, so the update can go into it
+        if y is not None:
+            y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
             return self.add_bias(y).view(*x.shape[:-1], self.out_features)
         y = base(x)
         y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, self.out_features), in_place=False).view(y.shape)
         return self.add_bias(y)
+
+    def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
+        """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        if type(base) is not self._plain or _hooked(base):
+            return None
+        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+
+    @override
+    def grouped_rows(self) -> Callable[..., Any] | None:
+        """Return the batched products, where forward is the one of this class."""
+        own = type(self).forward is LowRankLinear.forward and type(self)._update is LowRankLinear._update
+        return low_rank_rows if own else None
+
+    def row_factors(self) -> tuple[Tensor, Tensor]:
+        """Return A (K, in) and B (K, out) of the update, zero outside the slices."""
+        A, B = self.factors()
+        return A, self._dense(B).t()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (k * rank, in) and B (rank, features of all slices) of the update ``s B A``: what acts and what a file holds."""
@@ -240,7 +261,8 @@ class LowRankLinear(LowRankAdapter):
     def _blocks(self, dense: Tensor, up: Tensor) -> Iterator[tuple[Tensor, Slice, Tensor]]:
         """Yield, slice by slice, its rows of ``dense`` (rank, out), the slice, and its columns of ``up``."""
         blocks = torch.split(up, [part.features for part in self.slices], dim=1)
-        yield from zip(torch.split(dense, self.rank), self.slices, blocks, strict=True)
+        for number, (part, block) in enumerate(zip(self.slices, blocks, strict=True)):
+            yield dense.narrow(0, number * self.rank, self.rank), part, block
 
     @override
     def disk_tensors(self) -> dict[str, Tensor]:

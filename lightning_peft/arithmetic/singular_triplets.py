@@ -6,7 +6,7 @@ B (out, rank) and E (rank, 1), without the triplets that are pruned for good.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankConv, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 
 _MATRICES = ("lora_A", "lora_E", "lora_B")
 
@@ -178,6 +179,14 @@ class SVDLinear(TripletAdapter, LowRankLinear):
         if in_place:
             return y.addmm_(h, self.lora_B.to(y.dtype), alpha=self.scaling)
         return torch.addmm(y, h, self.lora_B.to(y.dtype), alpha=self.scaling)
+
+    @override
+    def grouped_rows(self) -> Callable[..., Any] | None:
+        return low_rank_rows if type(self)._update is SVDLinear._update else None
+
+    @override
+    def row_factors(self) -> tuple[Tensor, Tensor]:
+        return self.down(), self.lora_B
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:

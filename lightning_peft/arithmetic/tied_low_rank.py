@@ -59,6 +59,10 @@ class _Follower(LowRankAdapter):
         return super().__getattr__(name)
 
     @override
+    def held_tensors(self) -> list[Tensor]:
+        return [*super().held_tensors(), *(tensor for leader in self._leader for tensor in leader.held_tensors())]
+
+    @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
         self.reset_bias(base_layer)
 

@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic.parameter_copies import ParameterCopies
 from lightning_peft.interfaces import Adapter
+from lightning_peft.row_batches import current_rows
 
 _MASK_NAMES = ("attention_mask", "mask", "key_padding_mask")
 """How attention calls its mask; true means "attend", but for the last, where it means padding."""
@@ -42,23 +43,35 @@ class TokenGrid:
     """Which tokens are real (batch * sequence,), bool; None for all."""
 
 
-class _Note(threading.local):
-    grid: TokenGrid | None = None
-    kept: TokenGrid | None = None
+class _Notes(threading.local):
+    """Notes by the rows of the batch that attention ran on: None for all of them."""
+
+    def __init__(self) -> None:
+        self.grids: dict[tuple[int, ...] | None, TokenGrid] = {}  # to be taken
+        self.kept: dict[tuple[int, ...] | None, TokenGrid] = {}  # to be read
+
+    def put(self, grid: TokenGrid | None) -> None:
+        rows = current_rows()
+        for notes in (self.grids, self.kept):
+            if rows is None:
+                notes.clear()
+            notes.pop(rows, None)
+            if grid is not None:
+                notes[rows] = grid
 
 
-_note = _Note()
+_notes = _Notes()
 
 
 def take_note(tokens: int) -> TokenGrid | None:
     """Return what attention noted, if it is about that many ``tokens``, and forget it."""
-    grid, _note.grid = _note.grid, None
+    grid = _notes.grids.pop(current_rows(), None)
     return grid if grid is not None and grid.shape[0] * grid.shape[1] == tokens else None
 
 
 def read_note(tokens: int) -> TokenGrid | None:
     """Return what attention noted, if it is about that many ``tokens``, and leave it to others of the same block."""
-    grid = _note.kept
+    grid = _notes.kept.get(current_rows())
     return grid if grid is not None and grid.shape[0] * grid.shape[1] == tokens else None
 
 
@@ -138,12 +151,12 @@ class MaskArguments:
         """Note the grid of tokens that attention was called with."""
         x = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(x, Tensor) or x.dim() != 3:
-            _note.grid = _note.kept = None
+            _notes.put(None)
             return
         mask, cache = (_given(argument, args, kwargs) for argument in (self.mask, self.cache))
         shape, inverted = (x.shape[0], x.shape[1]), self.mask[0] == "key_padding_mask"
         real = real_tokens(mask, shape, inverted=inverted, start=self._held(cache))
-        _note.grid = _note.kept = TokenGrid(shape, real)
+        _notes.put(TokenGrid(shape, real))
 
     def _held(self, cache: Any) -> int | Tensor | None:
         """Return how many tokens the cache holds before the call; None where its keys are not those of all tokens."""

@@ -7,6 +7,7 @@ from lightning_peft.testing.definition import DefinitionTests
 from lightning_peft.testing.lifecycle import LifecycleTests
 from lightning_peft.testing.lightning import LightningTests
 from lightning_peft.testing.merging import MergingTests
+from lightning_peft.testing.rows import RowTests
 from lightning_peft.testing.saved_modules import SavedModulesTests
 from lightning_peft.testing.sharding import ShardingTests
 from lightning_peft.testing.state import StateTests
@@ -17,6 +18,7 @@ class MethodConformance(
     DefinitionTests,
     TrainingTests,
     ArithmeticTests,
+    RowTests,
     StateTests,
     SavedModulesTests,
     MergingTests,

@@ -291,6 +291,12 @@ CASES = [
     (made_of(CountsInABuffer), "test_a_forward_leaves_nothing_behind", (), "calls"),
     (made_of(ReusesAGraph), "test_two_forwards_then_both_backwards", (), "keep no state"),
     (made_of(LooksAtOtherRows), "test_rows_do_not_depend_on_each_other", (), "looks at other rows"),
+    (
+        made_of(LooksAtOtherRows),
+        "test_rows_with_adapters_of_their_own_are_separate_passes",
+        (),
+        "is not what it is in a pass",
+    ),
     (made_of(IsAlwaysOnTheCPU), "test_adapters_can_be_built_on_the_meta_device", (), "are real over a base"),
     (made_of(LeavesATensorEmpty), "test_adapters_can_be_built_on_the_meta_device", (), "not finite"),
     (made_of(MergesTooMuch), "test_merged_equals_unmerged", (FP32,), "check merged_parameters"),

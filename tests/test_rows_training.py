@@ -1,0 +1,119 @@
+"""A column of the batch names the adapter of each row: in fit, in predict, and in the example."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_peft import Adaptation, DoRA, LoRA, PEFTMixin, PEFTModule, inject, set_active_adapters, set_row_adapters
+from lightning_peft.testing.subject import distance
+from lightning_peft.testing.toys import tiny_llama, token_batch
+
+ROWS = ["a", "", "b", "a", "b", ""]
+
+
+def rows() -> list[dict[str, Any]]:
+    ids = token_batch(rows=len(ROWS))["input_ids"]
+    return [{"input_ids": one, "labels": one, "adapter": name} for one, name in zip(ids, ROWS, strict=True)]
+
+
+def by_rows(checkpointing: bool = False) -> PEFTModule:
+    model = tiny_llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    methods = [Adaptation(LoRA(rank=2), name="a"), Adaptation(DoRA(rank=3), name="b")]
+    torch.manual_seed(0)
+    module = PEFTModule(model, methods, by_rows=True, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    module.configure_model()
+    return module
+
+
+def trained(module: LightningModule) -> dict[str, Tensor]:
+    return {key: p.detach().clone() for key, p in module.named_parameters() if ".adapters." in key}
+
+
+def test_fit_trains_each_adapter_on_its_rows_with_checkpointing_as_without(make_trainer, tmp_path):
+    plain, saving = by_rows(), by_rows(checkpointing=True)
+    before = trained(plain)
+    for module in (plain, saving):
+        make_trainer(tmp_path, max_steps=2).fit(module, DataLoader(rows(), batch_size=6))
+    after, again = trained(plain), trained(saving)
+    assert all(any(not torch.equal(after[k], before[k]) for k in after if f".adapters.{name}." in k) for name in "ab")
+    assert all(distance(again[key], after[key]) <= 1e-5 for key in after)
+
+    # A step of "a" alone, on its rows and the share of the loss that is theirs, is the same step.
+    alone = by_rows()
+    first = by_rows()
+    make_trainer(tmp_path, max_steps=1).fit(first, DataLoader(rows(), batch_size=6))
+    set_row_adapters(alone.model, [])
+    set_active_adapters(alone.model, ["a"])
+    ids = torch.stack([row["input_ids"] for row in rows() if row["adapter"] == "a"])
+    (alone.model(input_ids=ids, labels=ids).loss * len(ids) / len(ROWS)).backward()
+    wanted = {key: p - 0.5 * p.grad for key, p in alone.named_parameters() if p.grad is not None}
+    found = trained(first)
+    assert wanted
+    assert all(distance(found[key], value) <= 1e-5 for key, value in wanted.items())
+
+
+def test_an_adapter_that_a_batch_does_not_name_stays_as_it_is(make_trainer, tmp_path):
+    module = by_rows()
+    before = trained(module)
+    only = [row for row in rows() if row["adapter"] != "b"]
+    make_trainer(tmp_path, max_steps=2).fit(module, DataLoader(only, batch_size=4))
+    after = trained(module)
+    assert all(torch.equal(after[key], before[key]) for key in after if ".adapters.b." in key)
+
+
+def test_predict_gives_each_row_its_adapter(make_trainer, tmp_path):
+    module = by_rows()
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.fit(module, DataLoader(rows(), batch_size=6))
+    logits = trainer.predict(module, DataLoader(rows(), batch_size=6))[0]
+    ids = token_batch(rows=len(ROWS))["input_ids"]
+    for name in ("a", "b", ""):
+        set_active_adapters(module.model, [name] if name else [])
+        with torch.no_grad():
+            alone = module.model.eval()(ids).logits
+        for row in (row for row, other in enumerate(ROWS) if other == name):
+            assert distance(logits[row], alone[row]) <= 1e-5
+
+
+class Own(PEFTMixin, LightningModule):
+    """A LightningModule with a training step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = tiny_llama()
+        for name in "ab":
+            inject(self.model, LoRA(rank=2), name=name)
+        set_row_adapters(self.model, ["a", "b"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.batch_rows(batch) as batch:
+            return self.model(**batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.5)
+
+
+def test_a_training_step_of_its_own_takes_the_column_too(make_trainer, tmp_path):
+    module = Own()
+    before = trained(module)
+    make_trainer(tmp_path, max_steps=1).fit(module, DataLoader(rows(), batch_size=6))
+    after = trained(module)
+    for name in "ab":
+        assert any(not torch.equal(after[key], before[key]) for key in after if f".adapters.{name}." in key)
+
+
+def test_the_example_learns_two_things_at_once():
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "rows.py"))["main"]
+    found = main()
+    assert found["up"] > 0.5 > found["base"]
+    assert found["down"] > 0.5
