@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_peft.interfaces import Method, Named, Slice
+from lightning_peft.interfaces import Method, Slice
+from lightning_peft.named import Named
 
 if TYPE_CHECKING:
     from torch import Tensor

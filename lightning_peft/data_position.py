@@ -79,7 +79,9 @@ def start_again(trainer: Trainer, state: Mapping[str, Any], generators: Mapping[
     set_generator_states(trainer, generators)
     for loader in training_loaders(trainer):
         _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
-    iter(trainer.fit_loop._data_fetcher)  # type: ignore[call-overload]
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    iter(fetcher)
 
 
 def batches_done(trainer: Trainer) -> int:

@@ -224,9 +224,9 @@ def _same(one: str | None, other: str | None) -> bool:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for path, module in base_modules(model):
-        adapted = isinstance(module, AdapterLayer)
-        originals = module._originals if adapted else {}
-        base = module.original_base if adapted else module
+        base, originals = module, dict[str, Tensor]()
+        if isinstance(module, AdapterLayer):
+            base, originals = module.original_base, module._originals
         for name, parameter in base.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, MergeError, did_you_mean
+from lightning_peft.errors import AdapterMismatchError, MergeError
+from lightning_peft.named import Named
 
 if TYPE_CHECKING:
     from lightning_peft.families import ModelFamily
@@ -162,33 +163,6 @@ class Adapter(nn.Module, ABC):
         raise MergeError(
             f"{type(self).__name__} cannot be merged into the base weights; keep the adapter active instead"
         )
-
-
-class Named:
-    """What all plugin nouns share: a ``name``, and dataclass fields as plain values."""
-
-    name: ClassVar[str]
-    """The registry name, written to files: lower case, words joined by underscores."""
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the dataclass fields as plain values, ready for JSON."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Build from the result of :meth:`to_config`.
-
-        Raises:
-            AdapterConfigError: ``config`` names a field that this class does not have.
-        """
-        known = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
-        for key in config:
-            if key not in known:
-                raise AdapterConfigError(
-                    f"{cls.name!r} has no field {key!r}{did_you_mean(key, known)} It has: {', '.join(known)}. "
-                    "The file may come from a newer version of the plugin."
-                )
-        return cls(**config)
 
 
 class Method(Named, ABC):
@@ -403,12 +377,3 @@ class Exporter(Named, ABC):
     @abstractmethod
     def export(self, model: nn.Module, path: Path) -> None:
         """Write ``model`` to the folder ``path``. The model is left as it was."""
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples, mappings and paths into what JSON holds."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

@@ -18,6 +18,14 @@ from typing_extensions import override
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
+from lightning_peft.batch_parts import (
+    MeanPerplexity,
+    field_of,
+    labels_of,
+    predicts_the_next_token,
+    rows_of,
+    target_of,
+)
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
@@ -40,15 +48,6 @@ IGNORED = -100
 """Label of a token that is not predicted, as in transformers."""
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
-
-
-class MeanPerplexity(MeanMetric):
-    """The exponential of the mean loss."""
-
-    @override
-    def compute(self) -> Tensor:
-        """Return exp(mean loss a token)."""
-        return torch.exp(super().compute())
 
 
 class PEFTModule(PEFTMixin, LightningModule):
@@ -241,8 +240,8 @@ class PEFTModule(PEFTMixin, LightningModule):
     def compute_loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the loss of a batch: the one given, or the model's own."""
         if self.loss is not None:
-            return self.loss(outputs, _target(batch))
-        loss = _field(outputs, "loss")
+            return self.loss(outputs, target_of(batch))
+        loss = field_of(outputs, "loss")
         if not isinstance(loss, Tensor):
             raise ConfigError(
                 f"{type(self.model).__name__} returned {type(outputs).__name__} without a loss; put 'labels' into the batch, or give "
@@ -256,7 +255,7 @@ class PEFTModule(PEFTMixin, LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch and log it as ``train_loss``."""
         loss = self.compute_loss(self.predict_outputs(batch), batch)
-        self.log("train_loss", loss, prog_bar=True, batch_size=_rows(batch))
+        self.log("train_loss", loss, prog_bar=True, batch_size=rows_of(batch))
         return loss
 
     @override
@@ -273,7 +272,7 @@ class PEFTModule(PEFTMixin, LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the logits of a batch, or whatever the model returns where there are none."""
         outputs = self.predict_outputs(batch)
-        logits = _field(outputs, "logits")
+        logits = field_of(outputs, "logits")
         return outputs if logits is None else logits
 
     def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
@@ -282,7 +281,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         tokens = self._tokens(outputs, batch) if self.loss is None else None
         metrics = self._metrics_for(stage, dataloader_idx, with_tokens=tokens is not None)
         if tokens is None:
-            metrics["loss"].update(loss, weight=_rows(batch))
+            metrics["loss"].update(loss, weight=rows_of(batch))
             return
         predicted, wanted = tokens
         counted = wanted != IGNORED
@@ -293,11 +292,11 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     def _tokens(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
         """Return predicted and wanted tokens, both (batch, seq), of a language model; None for any other."""
-        labels, logits = _labels(batch), _field(outputs, "logits")
+        labels, logits = labels_of(batch), field_of(outputs, "logits")
         if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
             return None
         predicted = logits[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
-        if _predicts_the_next_token(self.model):
+        if predicts_the_next_token(self.model):
             return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
         return predicted, labels
 
@@ -378,35 +377,3 @@ def _plain(one: Adaptation) -> dict[str, Any]:
     """Return plain values for a checkpoint."""
     saved = {"modules_to_save": repr(one.modules_to_save)} if one.modules_to_save else {}
     return {"method": one.method.name, **one.method.to_config(), "targets": repr(one.targets), **saved}
-
-
-def _target(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return batch.get("labels", batch)
-    return batch[-1] if isinstance(batch, (tuple, list)) else batch
-
-
-def _predicts_the_next_token(model: nn.Module | None) -> bool:
-    """Tell whether a position of the logits is about the token after it, as in a causal language model."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    # Of the models of transformers, those that label or fill in each position say so in their names.
-    return not type(model).__name__.endswith(("ForTokenClassification", "ForMaskedLM", "ForPreTraining"))
-
-
-def _labels(batch: Any) -> Tensor | None:
-    """Return the token labels (batch, seq) of a language-model batch, or None."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else batch
-    return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
-
-
-def _field(outputs: Any, name: str) -> Any:
-    """Return a field of what a model returned, or None."""
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
-def _rows(batch: Any) -> int:
-    """Return the number of rows in a batch."""
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else [batch]
-    return next((len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim()), 1)

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_peft.errors import ConfigError, did_you_mean
-from lightning_peft.interfaces import Named
+from lightning_peft.named import Named
 
 
 @dataclass(frozen=True)

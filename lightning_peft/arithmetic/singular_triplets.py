@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankConv, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank_conv import LowRankConv
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 
 _MATRICES = ("lora_A", "lora_E", "lora_B")

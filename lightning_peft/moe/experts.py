@@ -320,7 +320,8 @@ def _differentiable(
 
 def _affine(rows: Tensor, weight: Tensor, biases: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
     if biases is None:
-        return torch.mm(rows, weight.t(), out=out)
+        product: Tensor = torch.mm(rows, weight.t(), out=out)
+        return product
     return torch.addmm(biases[expert], rows, weight.t(), out=out)
 
 

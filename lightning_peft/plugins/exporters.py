@@ -84,10 +84,11 @@ class MergedTransformers(Exporter):
 @contextlib.contextmanager
 def _not_of_quantizer(model: Any) -> Iterator[None]:
     """Let a model that transformers quantised be saved as one it did not."""
-    quantizer, config = getattr(model, "hf_quantizer", None), getattr(model, "config", None)
+    quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         yield
         return
+    config = model.config
     settings = config.quantization_config
     try:
         model.hf_quantizer = None

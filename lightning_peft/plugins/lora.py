@@ -28,12 +28,12 @@ from lightning_peft.arithmetic.low_rank import (
     CONVOLUTIONS,
     BiasAdapter,
     LowRankAdapter,
-    LowRankConv,
     LowRankEmbedding,
     LowRankLinear,
     LowRankSettings,
 )
 from lightning_peft.arithmetic.low_rank_attention import LowRankMultiheadAttention
+from lightning_peft.arithmetic.low_rank_conv import LowRankConv
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
