@@ -26,7 +26,7 @@ def rows() -> list[dict[str, Any]]:
 def by_rows(checkpointing: bool = False) -> PEFTModule:
     model = tiny_llama()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     methods = [Adaptation(LoRA(rank=2), name="a"), Adaptation(DoRA(rank=3), name="b")]
     torch.manual_seed(0)
