@@ -1,9 +1,7 @@
-"""A column of the batch names the adapter of each row: in fit, in predict, and in the example."""
+"""A column of the batch names the adapter of each row: in fit and in predict."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,16 +102,9 @@ class Own(PEFTMixin, LightningModule):
 
 
 def test_a_training_step_of_its_own_takes_the_column_too(make_trainer, tmp_path):
-    module = Own()
+    module = Own().train()
     before = trained(module)
     make_trainer(tmp_path, max_steps=1).fit(module, DataLoader(rows(), batch_size=6))
     after = trained(module)
     for name in "ab":
         assert any(not torch.equal(after[key], before[key]) for key in after if f".adapters.{name}." in key)
-
-
-def test_the_example_learns_two_things_at_once():
-    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "rows.py"))["main"]
-    found = main()
-    assert found["up"] > 0.5 > found["base"]
-    assert found["down"] > 0.5
