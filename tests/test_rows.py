@@ -191,12 +191,12 @@ def test_several_adapters_on_one_row_nest() -> None:
 
 def test_dropout_is_that_of_each_row() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
-    inject(model, LoRA(rank=4, dropout=0.5), "0", name="half")
-    inject(model, LoRA(rank=4), "0", name="none")
-    randomise(model, ["half", "none"])
+    inject(model, LoRA(rank=4, dropout=0.5), "0", name="drops")
+    inject(model, LoRA(rank=4), "0", name="keeps")
+    randomise(model, ["drops", "keeps"])
     model.train()
     x = torch.randn(3, 5, 64)
-    with torch.no_grad(), adapter_rows(model, ["half", "none", None]):
+    with torch.no_grad(), adapter_rows(model, ["drops", "keeps", None]):
         one, other = model(x), model(x)
     assert not torch.equal(one[0], other[0])
     assert torch.equal(one[1:], other[1:])
@@ -226,7 +226,7 @@ def _gradients(model: nn.Module, *, inside: bool, checkpointing: bool) -> dict[s
     rows = ["small", None, "dora"]
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.zero_grad()
     with adapter_rows(model, rows):
@@ -240,6 +240,7 @@ def _gradients(model: nn.Module, *, inside: bool, checkpointing: bool) -> dict[s
 
 def test_gradient_checkpointing_needs_backward_inside_the_block() -> None:
     def made() -> nn.Module:
+        torch.manual_seed(0)
         model = held(tiny_llama(), ["small", "dora"])
         set_row_adapters(model, ["small", "dora"])
         return model

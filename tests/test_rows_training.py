@@ -1,9 +1,7 @@
-"""A column of the batch names the adapter of each row: in fit, in predict, and in the example."""
+"""A column of the batch names the adapter of each row: in fit and in predict."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ def rows() -> list[dict[str, Any]]:
 def by_rows(checkpointing: bool = False) -> PEFTModule:
     model = tiny_llama()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     methods = [Adaptation(LoRA(rank=2), name="a"), Adaptation(DoRA(rank=3), name="b")]
     torch.manual_seed(0)
@@ -56,7 +54,7 @@ def test_fit_trains_each_adapter_on_its_rows_with_checkpointing_as_without(make_
     set_active_adapters(alone.model, ["a"])
     ids = torch.stack([row["input_ids"] for row in rows() if row["adapter"] == "a"])
     (alone.model(input_ids=ids, labels=ids).loss * len(ids) / len(ROWS)).backward()
-    wanted = {key: p - 0.5 * p.grad for key, p in alone.named_parameters() if p.grad is not None}
+    wanted = {key: p.detach() - 0.5 * p.grad for key, p in alone.named_parameters() if p.grad is not None}
     found = trained(first)
     assert wanted
     assert all(distance(found[key], value) <= 1e-5 for key, value in wanted.items())
@@ -104,16 +102,9 @@ class Own(PEFTMixin, LightningModule):
 
 
 def test_a_training_step_of_its_own_takes_the_column_too(make_trainer, tmp_path):
-    module = Own()
+    module = Own().train()
     before = trained(module)
     make_trainer(tmp_path, max_steps=1).fit(module, DataLoader(rows(), batch_size=6))
     after = trained(module)
     for name in "ab":
         assert any(not torch.equal(after[key], before[key]) for key in after if f".adapters.{name}." in key)
-
-
-def test_the_example_learns_two_things_at_once():
-    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "rows.py"))["main"]
-    found = main()
-    assert found["up"] > 0.5 > found["base"]
-    assert found["down"] > 0.5

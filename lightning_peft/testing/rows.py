@@ -35,7 +35,7 @@ class RowTests(Subject):
         rows: list[str | None] = [("default", None, "other")[row % 3] for row in range(count)]
         with adapter_rows(model, rows):
             together = self.outputs(model)
-            found = self._gradients(model, range(count))
+            found = self._row_gradients(model, range(count))
         wanted: dict[str, Tensor] = {}
         for name in dict.fromkeys(rows):
             chosen = [row for row, other in enumerate(rows) if other == name]
@@ -46,7 +46,7 @@ class RowTests(Subject):
                     f"row {row}, with the adapter {name!r} among others, is not what it is in a pass with {name!r} alone; set row_routable = False"
                 )
             if name is not None:
-                gradients = self._gradients(model, chosen).items()
+                gradients = self._row_gradients(model, chosen).items()
                 wanted.update({key: value for key, value in gradients if f":{name}." in key})
         assert wanted, "no gradient reaches an adapter in a pass of its own"
         scale = max(float(gradient.abs().max()) for gradient in wanted.values())
@@ -57,7 +57,7 @@ class RowTests(Subject):
                 f"the gradient of {key} differs by {off:.1e} where each row has an adapter of its own; set row_routable = False"
             )
 
-    def _gradients(self, model: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
+    def _row_gradients(self, model: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
         """Return the gradients of a loss of some rows, by parameter of an adapter."""
         model.zero_grad()
         output = self.forward(model)
