@@ -74,8 +74,7 @@ class AdapterLayer(nn.Module):
         self._originals: dict[str, Tensor] = {}
         # The module that merging replaced, where its weight cannot take an update. A tuple, as it is no part of the model.
         self._replaced: tuple[nn.Module, ...] = ()
-        # Those of the merged adapters whose merge cannot be undone.
-        self._permanent: tuple[str, ...] = ()
+        self._permanent: tuple[str, ...] = ()  # those of the merged adapters whose merge cannot be undone
         # The adapters that act in forward, outermost last. A tuple, so that modules in it are not registered twice.
         self._stack: tuple[Adapter, ...] = ()
 

@@ -77,8 +77,9 @@ def start_again(trainer: Trainer, state: Mapping[str, Any], generators: Mapping[
     """Make the iterators of the training loaders anew, from a random state and states of generators."""
     set_random_state(state)
     set_generator_states(trainer, generators)
+    epoch: Any = trainer.fit_loop.epoch_progress.current
     for loader in training_loaders(trainer):
-        _set_sampler_epoch(loader, trainer.fit_loop.epoch_progress.current.processed)
+        _set_sampler_epoch(loader, epoch.processed)
     fetcher = trainer.fit_loop._data_fetcher
     assert fetcher is not None
     iter(fetcher)

@@ -330,7 +330,8 @@ def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _compiled(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    return compiled_segment_mm(rows, weights.transpose(1, 2), ends)
+    product: Tensor = compiled_segment_mm(rows, weights.transpose(1, 2), ends)
+    return product
 
 
 def _activate(hidden: Tensor, gated: bool, activation: Callable[[Tensor], Tensor]) -> Tensor:

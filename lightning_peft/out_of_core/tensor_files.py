@@ -74,7 +74,7 @@ class Entry:
         if self.size:
             with self.file.open("rb", buffering=0) as file:
                 file.seek(self.start)
-                _read_into(file, memoryview(tensor.view(-1).view(torch.uint8).numpy()), self.file)
+                _read_into(file, tensor.view(-1).view(torch.uint8).numpy().data, self.file)
         return tensor
 
     def elements(self, places: Sequence[int]) -> Tensor:
@@ -165,7 +165,7 @@ def write_tensors(
             value = one.entry.read() if value is None else value
             value = value.to(DTYPES[one.dtype]).contiguous()
             if value.numel():
-                _write(file, memoryview(value.view(-1).view(torch.uint8).numpy()))
+                _write(file, value.view(-1).view(torch.uint8).numpy().data)
             del value
         os.fsync(file.fileno())
 
