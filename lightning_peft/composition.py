@@ -136,9 +136,8 @@ def inject_all(
     if not by_rows:
         _check_together(model, plans, known)
     with unchanged_on_error(model):
-        prepare_base(
-            model, list(plans.values()), known
-        )  # by all of them, before an adapter measures what it is made for
+        # By all of them, before an adapter measures what it is made for.
+        prepare_base(model, list(plans.values()), known)
         made = {
             name: inject(
                 model,
@@ -152,8 +151,7 @@ def inject_all(
             for name, one in chosen.items()
         }
         set_active_adapters(model, [] if by_rows else list(chosen))
-        if by_rows:
-            set_row_adapters(model, list(chosen))
+        set_row_adapters(model, list(chosen) if by_rows else [])
     return made
 
 

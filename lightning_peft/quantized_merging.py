@@ -101,6 +101,8 @@ def merge_quantized(
     """
     before = layer.merge_state()
     names = [name for name in names if name in layer.adapters]
+    if twice := [name for name in names if name in before.merged]:
+        raise MergeError(f"adapter {twice[0]!r} is merged already; a second merge would apply it twice")
     packed = layer.original_base
     again = [name for name in before.merged if name not in before.permanent]
     try:

@@ -132,17 +132,23 @@ def combine_adapters(
     if recipe.method == "task_arithmetic":
         return add_tasks(model, weights, name=name, rank=recipe.rank, drop_rest=drop_rest)
     parts = [(weight, updates_in(model, adapter)) for adapter, weight in weights.items()]
-    tied = frozenset(path for _, updates in parts for path in updates.tied)
-    for _, updates in parts:
-        if apart := sorted((tied - updates.tied) & updates.pairs.keys()):
-            raise ConfigError(
-                f"{updates.origin} has an update of its own at {apart[0]!r}, whose weight other modules share, and another adapter one for all "
-                "of them; train both with the same tied="
-            )
+    tied = _tied_places([updates for _, updates in parts])
     places = adapted_in_order(model, {path: None for _, updates in parts for path in updates.pairs})
     pairs, report = combined_updates(parts, places, recipe)
     put_in(model, name, pairs, family=held[0].family, tied=bool(tied))
     return report
+
+
+def _tied_places(updates: Sequence[Updates]) -> frozenset[str]:
+    """Return the places whose update is one for all modules that share the weight; every adapter must agree on them."""
+    tied = frozenset(path for one in updates for path in one.tied)
+    for one in updates:
+        if apart := sorted((tied - one.tied) & one.pairs.keys()):
+            raise ConfigError(
+                f"{one.origin} has an update of its own at {apart[0]!r}, whose weight other modules share, and another adapter one for all "
+                "of them; train both with the same tied="
+            )
+    return tied
 
 
 def combine_folders(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,28 +96,38 @@ def distil_adapter(
         with torch.no_grad():
             before = sum(float(lost(batch)) for batch in data) / len(data)
         parameters = [p for adapter in adapters_named(model, new_name).values() for p in adapter.parameters()]
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        for step, batch in zip(range(steps), itertools.cycle(data), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-            value = lost(batch)
-            if not torch.isfinite(value):
-                raise ConfigError(
-                    f"the loss of step {step} is {float(value)}; take a smaller learning_rate than {learning_rate!r}"
-                )
-            for parameter, gradient in zip(
-                parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
-            ):
-                parameter.grad = gradient
-            optimizer.step()
-        for parameter in parameters:
-            parameter.grad = None
+        _train(parameters, lost, itertools.islice(itertools.cycle(data), steps), steps, learning_rate)
         with torch.no_grad():
             after = sum(float(lost(batch)) for batch in data) / len(data)
         for layer in adapter_layers(model).values():
             if new_name in layer.adapters:
                 layer.set_trainable(new_name, False)
     return DistillationReport(truncation, before, after)
+
+
+def _train(
+    parameters: Sequence[nn.Parameter],
+    lost: Callable[[Any], Tensor],
+    batches: Iterable[Any],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Take a step on each batch, at rates that fall to zero in a cosine."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+        value = lost(batch)
+        if not torch.isfinite(value):
+            raise ConfigError(
+                f"the loss of step {step} is {value.item()}; take a smaller learning_rate than {learning_rate!r}"
+            )
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _check(data: Sequence[Any], steps: int, learning_rate: float, loss: str, temperature: float) -> None:

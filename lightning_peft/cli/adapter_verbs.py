@@ -85,7 +85,7 @@ def diff(a: str, b: str) -> None:
     _print_table(rows)
 
 
-def spectrum(adapter: str) -> None:
+def print_spectrum(adapter: str) -> None:
     """Show the singular values of the updates in a LoRA folder.
 
     Args:
@@ -95,10 +95,10 @@ def spectrum(adapter: str) -> None:
         AdapterFileError: the folder cannot be read.
         ConfigError: the folder is not one of low-rank updates alone.
     """
-    from lightning_peft.adapter_tools.comparing import spectrum as measured
+    from lightning_peft.adapter_tools.comparing import spectrum
 
     rows = [["weight", "norm", "rank", "effective rank", "stable rank", "largest singular values"]]
-    for label, one in measured(adapter).items():
+    for label, one in spectrum(adapter).items():
         values = " ".join(_number(float(value)) for value in one.values[:6]) + (" ..." if len(one.values) > 6 else "")
         held = f"{one.rank} of {len(one.values)}"
         rows.append([label, _number(one.norm), held, f"{one.effective_rank:.2f}", f"{one.stable_rank:.2f}", values])
@@ -124,7 +124,7 @@ def prune(adapter: str, output: str, rank: PositiveInt | None = None, energy: fl
     _print_report(output, prune_folder(adapter, output, rank=rank, energy=energy))
 
 
-def to_lora(
+def convert_to_lora(
     output: str,
     adapter: str | None = None,
     tuned: str | None = None,

@@ -54,14 +54,7 @@ def merge(
     """
     from lightning_peft.registry import get_registry
 
-    settings = dict(options or {})
-    if exporter == "merged_transformers":
-        settings |= {} if max_shard_size is None or out_of_core else {"max_shard_size": max_shard_size}
-        settings |= {"quantized": quantized} if quantized == "dequantize" else {}
-    elif quantized == "dequantize" or (max_shard_size is not None and not out_of_core):
-        raise ConfigError(
-            f"--quantized and --max_shard_size are for the exporter merged_transformers, not {exporter!r}"
-        )
+    settings = _exporter_fields(exporter, dict(options or {}), quantized, None if out_of_core else max_shard_size)
     writer = get_registry().get("exporter", exporter).from_config(settings)
     folder = Path(output)
     base = base or _base_of(adapter)
@@ -81,6 +74,19 @@ def merge(
         writer.export(model, written)
         _copy_tokenizer(base, written)
     _print_size(folder)
+
+
+def _exporter_fields(
+    exporter: str, fields: dict[str, Any], quantized: str, max_shard_size: str | None
+) -> dict[str, Any]:
+    """Return the fields of the exporter: those given, and those that have an argument of their own."""
+    own = {"max_shard_size": max_shard_size} if max_shard_size is not None else {}
+    own |= {"quantized": quantized} if quantized == "dequantize" else {}
+    if own and exporter != "merged_transformers":
+        raise ConfigError(
+            f"--quantized and --max_shard_size are for the exporter merged_transformers, not {exporter!r}"
+        )
+    return fields | own
 
 
 def _print_size(folder: Path) -> None:

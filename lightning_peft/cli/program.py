@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from lightning_peft import __version__
-from lightning_peft.cli.adapter_verbs import combine, diff, prune, spectrum, to_lora
+from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, print_spectrum, prune
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.listings import methods, plugins
@@ -34,9 +34,9 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "combine": combine,
     "diff": diff,
-    "spectrum": spectrum,
+    "spectrum": print_spectrum,
     "prune": prune,
-    "to-lora": to_lora,
+    "to-lora": convert_to_lora,
     "fingerprint": fingerprint,
     "methods": methods,
     "plugins": plugins,

@@ -359,7 +359,7 @@ def test_a_model_without_logits_is_distilled_by_its_output():
 
 def test_distilling_leaves_the_model_as_it_was_if_it_fails():
     model = tiny_llama()
-    inject(model, LoRA(rank=8), ["query"])
+    inject(model, LoRA(rank=8), ["down"])
     shake(model)
     model.train()
     for options, message in (
@@ -368,7 +368,7 @@ def test_distilling_leaves_the_model_as_it_was_if_it_fails():
         ({"learning_rate": 0}, "learning_rate must be a positive number, got 0"),
         ({"temperature": math.inf}, "temperature must be a positive number, got inf"),
         ({"loss": "l1"}, "loss must be 'kl' or 'mse', got 'l1'"),
-        ({"learning_rate": 1e30}, "the loss of step .* is nan; take a smaller learning_rate"),
+        ({"learning_rate": 1e25}, "the loss of step .* is (nan|inf); take a smaller learning_rate"),
     ):
         with pytest.raises(ConfigError, match=message):
             distil_adapter(model, **{"rank": 2, "batches": [token_batch()], "steps": 4, **options})
