@@ -85,9 +85,7 @@ def distil_adapter(
     modes = [(module, module.training) for module in model.modules()]
     with unchanged_on_error(model), _modes_kept(modes):
         truncation = to_lora(model, name, rank=rank, new_name=new_name, drop_rest=drop_rest)
-        for layer in adapter_layers(model).values():
-            if new_name in layer.adapters:
-                layer.set_trainable(new_name, True)
+        _set_trainable(model, new_name, True)
         model.eval()
 
         def lost(batch: Any) -> Tensor:
@@ -99,10 +97,14 @@ def distil_adapter(
         _train(parameters, lost, itertools.islice(itertools.cycle(data), steps), steps, learning_rate)
         with torch.no_grad():
             after = sum(float(lost(batch)) for batch in data) / len(data)
-        for layer in adapter_layers(model).values():
-            if new_name in layer.adapters:
-                layer.set_trainable(new_name, False)
+        _set_trainable(model, new_name, False)
     return DistillationReport(truncation, before, after)
+
+
+def _set_trainable(model: nn.Module, name: str, trainable: bool) -> None:
+    for layer in adapter_layers(model).values():
+        if name in layer.adapters:
+            layer.set_trainable(name, trainable)
 
 
 def _train(
