@@ -7,7 +7,8 @@
 
 One step is forward and backward, with the gradients of all weights. Contestants take turns, each round one step of each, and what
 counts is CPU time on one thread, the least over the rounds; so other work on the machine cancels out of the ratios.
-The limit is the dense MLP on top_k * n tokens: the same products, without any routing.
+The limit is the dense MLP on top_k * n tokens: the same products, without any routing. ``products alone`` are the products of matrices
+of equally loaded experts and of the dense MLP, nothing else: what smaller matrices cost on this machine whoever calls them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,25 @@ def transformers_step(
     return step
 
 
+def products_step(n: int, d: int, ff: int, experts: int, dtype: torch.dtype) -> Callable[[], None]:
+    up, down = torch.randn(experts, 2 * ff, d, dtype=dtype), torch.randn(experts, d, ff, dtype=dtype)
+    to_up, to_down = torch.empty_like(up), torch.empty_like(down)
+    x, hidden, inner, y = (torch.randn(n, width, dtype=dtype) for width in (d, 2 * ff, ff, d))
+    to_x, to_hidden, to_inner, to_y = (torch.empty_like(one) for one in (x, hidden, inner, y))
+    parts = [slice(start, start + n // experts) for start in range(0, n, n // experts)]
+
+    def step() -> None:
+        for e, rows in enumerate(parts):
+            torch.mm(x[rows], up[e].t(), out=to_hidden[rows])
+            torch.mm(inner[rows], down[e].t(), out=to_y[rows])
+            torch.mm(y[rows].t(), inner[rows], out=to_down[e])
+            torch.mm(y[rows], down[e], out=to_inner[rows])
+            torch.mm(hidden[rows].t(), x[rows], out=to_up[e])
+            torch.mm(hidden[rows], up[e], out=to_x[rows])
+
+    return step
+
+
 def contestants(n: int, d: int, ff: int, experts: int, top_k: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     generator = torch.Generator().manual_seed(0)
 
@@ -77,6 +97,8 @@ def contestants(n: int, d: int, ff: int, experts: int, top_k: int, dtype: torch.
     steps = {
         "dense": dense_step(x, *one),
         "limit": dense_step(many, *one),
+        "products alone, dense": products_step(top_k * n, d, ff, 1, dtype),
+        "products alone": products_step(top_k * n, d, ff, experts, dtype),
         "unbind": routed_step(x, gate, weights, TopKRouter(top_k=top_k), "unbind"),
         "grouped_mm": routed_step(x, gate, weights, TopKRouter(top_k=top_k), "grouped_mm"),
         "expert choice": routed_step(x, gate, weights, ExpertChoiceRouter(capacity=float(top_k)), "unbind"),
