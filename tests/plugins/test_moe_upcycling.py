@@ -267,6 +267,45 @@ def test_experts_that_choose_in_the_last_half_start_close(stories, fields, most)
     assert abs(stories(**choosing(layers="last_half", **fields)) - stories()) <= most
 
 
+@pytest.fixture(scope="module")
+def learner(data_dir):
+    """The loss of a Llama of four layers that has read stories byte by byte for 300 steps: ``loss(**fields)``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def read(name, rows):
+        with (data_dir / "lm" / name).open(encoding="utf-8") as file:
+            text = "\n".join(json.loads(line)["text"] for line in file).encode()
+        return torch.tensor(list(text[: rows * 128])).view(rows, 128)
+
+    generator, rows, held_out = (
+        torch.Generator().manual_seed(0),
+        read("tinystories_train.jsonl", 2400),
+        read("tinystories_valid.jsonl", 16),
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=128, **sizes)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for batch in rows[torch.randperm(len(rows), generator=generator)].split(8):
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def loss(**fields):
+        tried = copy.deepcopy(model).eval()
+        tried = upcycled(tried, **fields) if fields else tried
+        return float(tried(input_ids=held_out, labels=held_out).loss)
+
+    return loss
+
+
+def test_a_small_model_starts_close_with_many_experts_that_choose(learner):
+    dense = learner()
+    assert learner(combine="softmax", weight_scale="none") - dense > 0.2  # its MLPs matter
+    assert abs(learner(**SCALED) - dense) <= 0.06
+    assert abs(learner(**choosing(experts=32, capacity=2.0, layers="last_half")) - dense) <= 0.06
+
+
 def test_it_learns(trained_on_e2e):
     losses = trained_on_e2e(MoEUpcycling(experts=4), lr=3e-3)
     assert losses[-1] < 0.8 * losses[0]
