@@ -230,12 +230,18 @@ class ExactResume(_Host):
         if self._resume_gradients is not None:
             restore_gradients(self, self._resume_gradients)
         self._resume_from, self._resume_within_epoch = None, False
-        self._resume_position = self._resume_gradients = None
+        self._resume_position = self._resume_gradients = self._before_validation = None
         if not all(map(position.keeps_its_position, position.training_loaders(self.trainer))):
             self._sample = position.sample_of(batch)
         return super().on_train_batch_start(batch, batch_idx)
 
     # -- validation ------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the random state within a window, where Lightning validates without :meth:`on_validation_model_zero_grad`."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if batches_gathered(self.trainer):
+            self._before_validation = random_state()
 
     def on_validation_model_zero_grad(self) -> None:
         """Note the random state before validation in the midst of training, whose data loader draws from it."""

@@ -141,6 +141,12 @@ SAVES_AND_RUNS = {
         5,
         ACCUMULATE,
     ),
+    "in validation within a window": (
+        {"monitor": "val_loss"},
+        StatefulLoader,
+        5,
+        {**VALIDATE, **ACCUMULATE, "val_check_interval": 3},
+    ),
 }
 
 
