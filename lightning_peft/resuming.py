@@ -49,6 +49,7 @@ class ExactResume(_Host):
 
     _resume_from: dict[str, Any] | None = None
     _resume_within_epoch = False
+    _starts_epoch = False
     _resume_position: Mapping[str, Any] | None = None
     _resume_gradients: Any = None
     _before_validation: dict[str, Any] | None = None
@@ -156,6 +157,7 @@ class ExactResume(_Host):
         if not keeping and "start" in self._resume_position:
             self._resume_plain_loaders(loaders, self._resume_position, self._resume_from)
         elif len(keeping) == len(loaders):
+            self._starts_epoch = not self._resume_within_epoch and position.end_epoch(self.trainer)
             position.put_ahead(self.trainer, self._resume_position.get("ahead", []))
             if all(map(position.starts_at_once, loaders)):
                 self._resume_random_state()
@@ -201,6 +203,9 @@ class ExactResume(_Host):
     def on_train_epoch_start(self) -> None:
         """Note what the iterators of this epoch start from, if they are made now."""
         super().on_train_epoch_start()
+        if self._starts_epoch and self.trainer.fit_loop.is_resuming:  # in later epochs Lightning does this itself
+            position.start_iterators(self.trainer)
+        self._starts_epoch = False
         iterator = self._iterator()
         self._next_epoch = (random_state(), position.generator_states(self.trainer), iterator)
 
