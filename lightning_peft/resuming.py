@@ -8,12 +8,9 @@ What Lightning does at the end of an epoch, and where the draws of the data load
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lightning_peft import data_position as position
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
@@ -26,6 +23,7 @@ from lightning_peft.gathered_gradients import (
     restore_gradients,
 )
 from lightning_peft.random_state import of_all_processes, random_state, set_random_state
+from lightning_peft.weight_files import survives_saving
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Host
@@ -79,7 +77,7 @@ class ExactResume(_Host):
                 "sample": self._sample or [],
             }
         ahead = position.fetched_ahead(self.trainer)
-        if ahead and not _is_plain(ahead):
+        if ahead and not survives_saving(ahead):
             self._warn(
                 f"{_names(loaders)} has no length, so Lightning fetched a batch ahead of the training; it is no plain value that a checkpoint "
                 "can hold, and a run that resumes leaves it out. Give batches of tensors, or data with a length"
@@ -264,18 +262,6 @@ class ExactResume(_Host):
 
 def _names(loaders: list[Any]) -> str:
     return ", ".join(sorted({type(loader).__name__ for loader in loaders}))
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell whether ``value`` survives a checkpoint that is loaded with ``weights_only=True``."""
-    file = io.BytesIO()
-    try:
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:
-        return False
-    return True
 
 
 def _at_end_of_epoch(loops: Mapping[str, Any]) -> bool:
