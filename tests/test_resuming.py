@@ -277,6 +277,16 @@ def test_the_random_state_covers_python_numpy_and_torch_and_survives_a_weights_o
     assert draw() == expected
 
 
+def test_the_random_state_of_older_checkpoints_is_read():
+    np.random.seed(3)
+    state = random_state()
+    kind, keys, *rest = state["numpy"]
+    older = {**state, "numpy": [kind, torch.from_numpy(keys.numpy().view(np.uint32).astype(np.int64)), *rest]}
+    expected = np.random.rand(4).tolist()
+    set_random_state(older)
+    assert np.random.rand(4).tolist() == expected
+
+
 TURNS = itertools.count()
 
 
