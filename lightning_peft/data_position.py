@@ -37,7 +37,35 @@ def keeps_its_position(loader: Any) -> bool:
 
 def starts_at_once(loader: Any) -> bool:
     """Tell whether ``iter(loader)`` draws all its random numbers for starting itself, and not with the first batch."""
-    return getattr(loader, "starts_at_once", False) or type(loader).__module__.startswith("torchdata.")
+    return getattr(loader, "starts_at_once", False) or _of_torchdata(loader)
+
+
+def _of_torchdata(loader: Any) -> bool:
+    return any(kind.__module__.startswith("torchdata.") for kind in type(loader).__mro__)
+
+
+def end_epoch(trainer: Trainer) -> bool:
+    """Bring loaders of torchdata, whose next order follows from the last, to the end of the epoch of a checkpoint.
+
+    Lightning loads no states there. Returns whether there are such loaders: their next epoch starts with another ``iter``.
+    """
+    states = trainer.fit_loop._combined_loader_states_to_load
+    loaders = training_loaders(trainer)
+    if not all(map(starts_at_once, loaders)) or not any(map(_of_torchdata, loaders)):
+        return False
+    if states:  # with max_steps it has loaded them
+        for loader, state in zip(loaders, states, strict=True):
+            if _of_torchdata(loader):
+                loader.load_state_dict(state)
+        start_iterators(trainer)
+    return True
+
+
+def start_iterators(trainer: Trainer) -> None:
+    """Let all training loaders start their iterators."""
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    iter(fetcher)
 
 
 def generator_states(trainer: Trainer) -> dict[str, Tensor]:
@@ -80,9 +108,7 @@ def start_again(trainer: Trainer, state: Mapping[str, Any], generators: Mapping[
     epoch: Any = trainer.fit_loop.epoch_progress.current
     for loader in training_loaders(trainer):
         _set_sampler_epoch(loader, epoch.processed)
-    fetcher = trainer.fit_loop._data_fetcher
-    assert fetcher is not None
-    iter(fetcher)
+    start_iterators(trainer)
 
 
 def batches_done(trainer: Trainer) -> int:

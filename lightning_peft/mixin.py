@@ -17,10 +17,11 @@ from typing_extensions import Self
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_schedule
+from lightning_peft.checkpoint_size import with_shared_names, with_shared_scalars
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.interfaces import Adapter
-from lightning_peft.optimizer_settings import SameOptimizers
+from lightning_peft.optimizer_settings import PARAMETERS, SameOptimizers
 from lightning_peft.resuming import ExactResume
 
 if TYPE_CHECKING:
@@ -175,6 +176,14 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         """Add what :meth:`on_load_checkpoint` compares."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[MANIFEST] = make_manifest(self, self.state_dict(), full=self.base_fingerprint == "full")
+        names = {name: name for name in checkpoint.get("state_dict", ())}
+        for key in (MANIFEST, PARAMETERS):
+            if key in checkpoint:
+                checkpoint[key] = with_shared_names(checkpoint[key], names)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                with_shared_scalars(state) if "state" in state else state for state in checkpoint["optimizer_states"]
+            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the adapters and the base with those of the checkpoint.

@@ -17,7 +17,7 @@ def random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [
             kind,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            torch.from_numpy(np.array(keys, dtype=np.uint32).view(np.int32)),
             int(position),
             int(has_gauss),
             float(cached),

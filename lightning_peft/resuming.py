@@ -8,12 +8,9 @@ What Lightning does at the end of an epoch, and where the draws of the data load
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from lightning_peft import data_position as position
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
@@ -26,6 +23,7 @@ from lightning_peft.gathered_gradients import (
     restore_gradients,
 )
 from lightning_peft.random_state import of_all_processes, random_state, set_random_state
+from lightning_peft.weight_files import survives_saving
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Host
@@ -49,6 +47,7 @@ class ExactResume(_Host):
 
     _resume_from: dict[str, Any] | None = None
     _resume_within_epoch = False
+    _starts_epoch = False
     _resume_position: Mapping[str, Any] | None = None
     _resume_gradients: Any = None
     _before_validation: dict[str, Any] | None = None
@@ -78,7 +77,7 @@ class ExactResume(_Host):
                 "sample": self._sample or [],
             }
         ahead = position.fetched_ahead(self.trainer)
-        if ahead and not _is_plain(ahead):
+        if ahead and not survives_saving(ahead):
             self._warn(
                 f"{_names(loaders)} has no length, so Lightning fetched a batch ahead of the training; it is no plain value that a checkpoint "
                 "can hold, and a run that resumes leaves it out. Give batches of tensors, or data with a length"
@@ -156,6 +155,7 @@ class ExactResume(_Host):
         if not keeping and "start" in self._resume_position:
             self._resume_plain_loaders(loaders, self._resume_position, self._resume_from)
         elif len(keeping) == len(loaders):
+            self._starts_epoch = not self._resume_within_epoch and position.end_epoch(self.trainer)
             position.put_ahead(self.trainer, self._resume_position.get("ahead", []))
             if all(map(position.starts_at_once, loaders)):
                 self._resume_random_state()
@@ -201,6 +201,9 @@ class ExactResume(_Host):
     def on_train_epoch_start(self) -> None:
         """Note what the iterators of this epoch start from, if they are made now."""
         super().on_train_epoch_start()
+        if self._starts_epoch and self.trainer.fit_loop.is_resuming:  # in later epochs Lightning does this itself
+            position.start_iterators(self.trainer)
+        self._starts_epoch = False
         iterator = self._iterator()
         self._next_epoch = (random_state(), position.generator_states(self.trainer), iterator)
 
@@ -230,12 +233,18 @@ class ExactResume(_Host):
         if self._resume_gradients is not None:
             restore_gradients(self, self._resume_gradients)
         self._resume_from, self._resume_within_epoch = None, False
-        self._resume_position = self._resume_gradients = None
+        self._resume_position = self._resume_gradients = self._before_validation = None
         if not all(map(position.keeps_its_position, position.training_loaders(self.trainer))):
             self._sample = position.sample_of(batch)
         return super().on_train_batch_start(batch, batch_idx)
 
     # -- validation ------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the random state within a window, where Lightning validates without :meth:`on_validation_model_zero_grad`."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if batches_gathered(self.trainer):
+            self._before_validation = random_state()
 
     def on_validation_model_zero_grad(self) -> None:
         """Note the random state before validation in the midst of training, whose data loader draws from it."""
@@ -253,18 +262,6 @@ class ExactResume(_Host):
 
 def _names(loaders: list[Any]) -> str:
     return ", ".join(sorted({type(loader).__name__ for loader in loaders}))
-
-
-def _is_plain(value: Any) -> bool:
-    """Tell whether ``value`` survives a checkpoint that is loaded with ``weights_only=True``."""
-    file = io.BytesIO()
-    try:
-        torch.save(value, file)
-        file.seek(0)
-        torch.load(file, weights_only=True)
-    except Exception:
-        return False
-    return True
 
 
 def _at_end_of_epoch(loops: Mapping[str, Any]) -> bool:

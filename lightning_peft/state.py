@@ -7,6 +7,7 @@ import platform
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,7 @@ def asked_for(model: nn.Module, folder: AdapterFolder, *, check_base: bool) -> t
     return replace(placed(model, folder, tensors, roots), saved=roots), tensors | saved
 
 
+@cache
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

@@ -6,6 +6,7 @@ and refuses everything else.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,7 @@ def read_tensors(path: Path, *, inside: Sequence[str] = (), values: bool = True)
     """
     if path.suffix == ".safetensors":
         return parse_safetensors(path.read_bytes(), path)
-    try:
-        found: Any = torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise AdapterFileError(
-            f"{str(path)!r} cannot be read as a file of tensors (weights_only=True, so no code in it is run): {reason}"
-        ) from error
+    found = read_saved(path, values=values)
     if isinstance(found, Mapping):
         found = next((found[key] for key in inside if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping) or not found:
@@ -48,6 +41,35 @@ def read_tensors(path: Path, *, inside: Sequence[str] = (), values: bool = True)
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise AdapterFileError(f"{str(path)!r} must hold tensors by name, found {key!r}: {type(value).__name__}")
     return dict(found)
+
+
+def read_saved(path: Path, *, values: bool = True) -> Any:
+    """Return what ``torch.save`` wrote, such as a ``.ckpt``, on the CPU; without ``values`` its tensors are on the meta device.
+
+    Raises:
+        AdapterFileError: it cannot be read, or holds more than plain values and tensors.
+    """
+    try:
+        return torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile pickle leads to
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise AdapterFileError(
+            f"{str(path)!r} cannot be read as a file of tensors (weights_only=True, so no code in it is run): {reason}"
+        ) from error
+
+
+def survives_saving(value: Any) -> bool:
+    """Tell whether ``value`` comes out of ``torch.save`` and a load with ``weights_only=True``, as plain values and tensors do."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:

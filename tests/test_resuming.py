@@ -141,6 +141,12 @@ SAVES_AND_RUNS = {
         5,
         ACCUMULATE,
     ),
+    "in validation within a window": (
+        {"monitor": "val_loss"},
+        StatefulLoader,
+        5,
+        {**VALIDATE, **ACCUMULATE, "val_check_interval": 3},
+    ),
 }
 
 
@@ -172,6 +178,30 @@ def test_with_the_loader_of_this_library_a_shuffled_run_resumes_anywhere(every, 
     resumed = fit(
         tmp_path, resumable_loader, seed=99, ckpt_path=last_checkpoint(tmp_path), callbacks=saving[1], **options
     )
+    assert_same_end(uninterrupted, resumed)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata 0.11 calls it
+@pytest.mark.parametrize(
+    ("how", "cut", "options"),
+    [
+        (EACH_EPOCH, 9, {}),
+        (EACH_EPOCH, 9, STEPS),
+        ({"every_n_train_steps": BATCHES}, 9, VALIDATE),
+        ({"every_n_train_steps": BATCHES}, 9, STEPS),
+        (EACH_VALIDATION, 13, HALF),
+    ],
+    ids=["epoch end", "epoch end, max_steps", "last batch", "last batch, max_steps", "in validation at the end"],
+)
+def test_at_the_end_of_an_epoch_a_loader_of_torchdata_goes_on_with_its_order(how, cut, options, fit, tmp_path):
+    loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    uninterrupted = fit(tmp_path / "a", loader, seed=1, shuffle=True, **options)
+    saving = [ModelCheckpoint(tmp_path, save_top_k=-1, **how) for _ in range(2)]
+    fit(tmp_path, loader, seed=1, shuffle=True, cut=cut, callbacks=saving[:1], **options)
+    checkpoint = last_checkpoint(tmp_path)
+    assert int(checkpoint.stem.rpartition("=")[2]) % BATCHES == 0
+    resumed = fit(tmp_path, loader, seed=99, shuffle=True, ckpt_path=checkpoint, callbacks=saving[1:], **options)
     assert_same_end(uninterrupted, resumed)
 
 
@@ -245,6 +275,16 @@ def test_the_random_state_covers_python_numpy_and_torch_and_survives_a_weights_o
     assert draw() != expected
     set_random_state(torch.load(tmp_path / "state", weights_only=True))
     assert draw() == expected
+
+
+def test_the_random_state_of_older_checkpoints_is_read():
+    np.random.seed(3)
+    state = random_state()
+    kind, keys, *rest = state["numpy"]
+    older = {**state, "numpy": [kind, torch.from_numpy(keys.numpy().view(np.uint32).astype(np.int64)), *rest]}
+    expected = np.random.rand(4).tolist()
+    set_random_state(older)
+    assert np.random.rand(4).tolist() == expected
 
 
 TURNS = itertools.count()

@@ -58,11 +58,11 @@ def fingerprint(base: str | None = None, adapter: str | None = None, full: bool 
 def _stored(adapter: str) -> dict[str, Any]:
     """Return what an adapter folder or a checkpoint says about its base."""
     if adapter.endswith(".ckpt") and Path(adapter).is_file():
-        import torch
-
         from lightning_peft.checkpoint_manifest import MANIFEST
+        from lightning_peft.weight_files import read_saved
 
-        manifest = torch.load(adapter, map_location="cpu", weights_only=True).get(MANIFEST)
+        checkpoint = read_saved(Path(adapter), values=False)
+        manifest = checkpoint.get(MANIFEST) if isinstance(checkpoint, dict) else None
         bases = list((manifest or {}).get("base", {}).values())
         if len(bases) != 1:
             raise AdapterFileError(f"{adapter!r} holds the fingerprints of {len(bases)} bases; one can be compared")
