@@ -315,7 +315,13 @@ def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, Ad
 
 
 def _refuse_batch_second(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+    waiting, found = [model], False
+    while waiting and not found:  # without paths, which take long, and without adapters
+        module = waiting.pop()
+        found = module.__dict__.get("batch_first") is False
+        inner = [module.base_layer] if isinstance(module, AdapterLayer) else module._modules.values()
+        waiting += [child for child in inner if child is not None]
+    for path, module in model.named_modules() if found else ():
         if module.__dict__.get("batch_first") is False:
             raise InjectionError(
                 f"{path!r}, a {type(module).__name__} with batch_first=False, has the rows of the batch in its second dimension; adapters by rows "

@@ -63,21 +63,50 @@ def _into(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
         h.masked_fill_(_of_others(rows.index, stack.ranks, tokens), 0.0)
         y.addmm_(h.t().to(y.dtype), stack.B)
     else:
-        for start, stop, place in runs:
-            adapters[place].update_rows(flat[start * tokens : stop * tokens], y[start * tokens : stop * tokens])
+        _in_turn(adapters, rows.index, flat.view(len(rows.index), tokens, -1), y.view(len(rows.index), tokens, -1))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Tensor, y: Tensor) -> None:
+    """Add the updates of x (rows, tokens, in) to y (rows, tokens, out), one run of rows after the other."""
+    runs = _runs(index)
+    if len(runs) == len(index):  # views made all at once
+        xs, ys = x.unbind(), y.unbind()
+    else:
+        xs, ys = (tuple(part[start:stop].flatten(0, 1) for start, stop, _ in runs) for part in (x, y))
+        runs = tuple((number, number + 1, place) for number, (_, _, place) in enumerate(runs))
+    pairs = [
+        None
+        if adapter.slices or adapter.bias is not None or (adapter.dropout and adapter.training)
+        else _transposed(adapter, y.dtype)
+        for adapter in adapters
+    ]
+    same = x.dtype == y.dtype
+    for start, _, place in runs:
+        pair, part = pairs[place], ys[start]
+        if pair is None:
+            adapters[place].update_rows(xs[start], part)
+        else:
+            down, B, scale = pair
+            part.addmm_((xs[start] if same else xs[start].to(y.dtype)).mm(down), B, alpha=scale)
+
+
+def _transposed(adapter: LowRankLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return A^T (in, k), B (k, out) and the scale of an adapter."""
+    A, B = adapter.row_factors()
+    return A.to(dtype).t(), B.to(dtype), adapter.scaling
+
+
 @functools.lru_cache(maxsize=16)
-def _runs(index: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def _runs(index: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """Return (first row, row behind the last, place of the adapter) of consecutive rows with one adapter."""
-    found = []
+    found: list[tuple[int, int, int]] = []
     start = 0
     for place, run in itertools.groupby(index):
         stop = start + len(list(run))
         found += [(start, stop, place)] if place >= 0 else []
         start = stop
-    return found
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=64)
