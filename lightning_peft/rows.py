@@ -131,7 +131,7 @@ class RowPlan:
         together: dict[Callable[..., Any], dict[Adapter, list[int]]] = {}
         for names, rows in rows_of.items():
             found_here = [here[name] for name in names if name in here]
-            shared = found_here[0].grouped_rows() if grouped and len(found_here) == 1 else None  # type: ignore[union-attr, operator]
+            shared = found_here[0].grouped_rows() if grouped and len(found_here) == 1 else None  # type: ignore[operator]
             if shared is not None:
                 together.setdefault(shared, {}).setdefault(found_here[0], []).extend(rows)  # type: ignore[arg-type]
             elif found_here:
