@@ -96,6 +96,9 @@ class Adapter(nn.Module, ABC):
     """Parameters of the adapted module that other modules share, and that this adapter and theirs train as one."""
     lr_ratios: Mapping[str, float] = {}
     """What :meth:`learning_rate_ratios` returns, where the method says it and not the kind of adapter."""
+    hands_on: bool = False
+    """What the adapter returns is meant for other adapters of the same name, in the module that this place is a part of, and may have
+    another shape than what the base returns. That module is then run once for each of such adapters in a batch."""
     scalable: ClassVar[bool] = False
     """What the adapter changes of the output, and of the weights it is merged into, is multiplied by :attr:`scale`."""
     scale: float = 1.0

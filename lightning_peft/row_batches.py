@@ -78,7 +78,9 @@ def entries_per_row(rows: int, place: str, args: Sequence[Any], kwargs: Mapping[
     Raises:
         InjectionError: the first argument cannot be shared out to so many rows.
     """
-    first: Tensor | None = next(_tensors(args), None)
+    first: Tensor | None = args[0] if args and isinstance(args[0], Tensor) and args[0].dim() > 1 else None
+    if first is None:
+        first = next(_tensors(args), None)
     if first is None:
         named = [kwargs[name] for name in _LEADING if isinstance(kwargs.get(name), Tensor)]
         first = next(iter(named), None) if named else next(_tensors(kwargs), None)
@@ -103,10 +105,11 @@ class RowSplit:
         groups: the rows of each group, ascending, every row in one of them.
         per_row: from :func:`entries_per_row`.
         place: path of the module, for messages.
+        ragged: what is returned beside the first tensor may be longer for some rows; the others get zeros in front.
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], per_row: int, place: str) -> None:
-        self.groups, self.per_row, self.place = groups, per_row, place
+    def __init__(self, groups: Sequence[Sequence[int]], per_row: int, place: str, *, ragged: bool = False) -> None:
+        self.groups, self.per_row, self.place, self.ragged = groups, per_row, place, ragged
         self.rows = sum(len(group) for group in groups)
         order = [row for group in groups for row in group]
         self.sorted = order == list(range(self.rows))
@@ -183,11 +186,8 @@ class RowSplit:
             part.expand(count * max(entries, 1), *part.shape[1:]) if part.shape[0] == 1 else part
             for part, count in zip(parts, counts, strict=True)
         ]
-        if (
-            pad and len({part.shape[-1] for part in whole}) > 1
-        ):  # weights of attention, of prefixes of different lengths
-            width = max(part.shape[-1] for part in whole)
-            whole = [F.pad(part, (width - part.shape[-1], 0)) for part in whole]
+        if pad:  # weights of attention, of prefixes of different lengths
+            whole = _padded(whole, range(1, whole[0].dim()) if self.ragged else [-1])
         fits = all(part.shape[0] == count * max(entries, 1) for part, count in zip(whole, counts, strict=True))
         if not fits or len({part.shape[1:] for part in whole}) > 1:
             raise InjectionError(
@@ -275,6 +275,18 @@ class _CachePart:
         )
 
 
+def _padded(parts: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Return tensors of the largest of their sizes in ``dims``, with zeros in front."""
+    widths = [0] * parts[0].dim()
+    for dim in dims:
+        widths[dim] = max(part.shape[dim] for part in parts if part.dim() == len(widths))
+    missing = [[max(width - size, 0) for width, size in zip(widths, part.shape, strict=False)] for part in parts]
+    return [
+        F.pad(part, [number for lack in reversed(lacks) for number in (lack, 0)]) if any(lacks) else part
+        for part, lacks in zip(parts, missing, strict=True)
+    ]
+
+
 def _select(tensor: Tensor, rows: Sequence[int], entries: int) -> Tensor:
     """Return the entries of ``rows`` of a tensor of which each row has so many."""
     if list(rows) == list(range(rows[0], rows[0] + len(rows))):
@@ -297,6 +309,8 @@ def call_by_rows(
     narrowed: Callable[[Sequence[int]], Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    ragged: bool = False,
 ) -> Any:
     """Run each group's function on its rows of the arguments, and return the results as one batch.
 
@@ -307,8 +321,9 @@ def call_by_rows(
         narrowed: makes a context manager in which modules inside know of these rows alone.
         args: positional arguments of the module.
         kwargs: named arguments of the module.
+        ragged: as in :class:`RowSplit`.
     """
-    split = RowSplit([rows for rows, _ in groups], per_row, place)
+    split = RowSplit([rows for rows, _ in groups], per_row, place, ragged=ragged)
     results = []
     for number, (rows, call) in enumerate(groups):
         taken = [split.take(value, number) for value in args]

@@ -6,7 +6,8 @@
         model(input_ids)                                   row 1  base     row 3  a
 
 At each place the rows fall into groups that run together. Rows of low-rank adapters of whatever rank, and rows without an adapter,
-are one group: the base runs once, and the updates are two batched products. All other rows run once for each adapter that is there.
+are one group, in which the base runs once. All other rows run once for each adapter that is there; where an adapter hands something on
+to others of its name, it is the module around the place that runs once for each.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import torch
 from torch import nn
 
 from lightning_peft.activation import alone
-from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, adapted_roots, records
+from lightning_peft.interfaces import Adapter
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
 from lightning_peft.saved_modules import acts_alone
 
@@ -64,7 +66,8 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
     for layer in layers.values():
         layer.route(plan)
     try:
-        yield model
+        with _around(model, plan, layers):
+            yield model
     finally:
         plan.held.clear()
         for path, layer in layers.items():
@@ -121,30 +124,55 @@ class RowPlan:
         if key in self.held:
             found: list[tuple[list[int], Callable[..., Any]]] = self.held[key]
             return found
+        here = layer.adapters._modules
+        rows_of = self._rows_of()
         bare: list[int] = []
-        own: dict[tuple[str, ...], list[int]] = {}
-        together: dict[Callable[..., Any], list[int]] = {}
-        for row, names in enumerate(self.rows):
-            here = [layer._adapter(name) for name in names if name in layer.adapters]
-            shared = here[0].grouped_rows() if grouped and len(here) == 1 else None
+        own: list[tuple[list[int], tuple[str, ...]]] = []
+        together: dict[Callable[..., Any], dict[Adapter, list[int]]] = {}
+        for names, rows in rows_of.items():
+            found_here = [here[name] for name in names if name in here]
+            shared = found_here[0].grouped_rows() if grouped and len(found_here) == 1 else None  # type: ignore[operator]
             if shared is not None:
-                together.setdefault(shared, []).append(row)
-            elif here:
-                own.setdefault(names, []).append(
-                    row
-                )  # by all names, so that rows fall into the same groups at other places
+                together.setdefault(shared, {}).setdefault(found_here[0], []).extend(rows)  # type: ignore[arg-type]
+            elif found_here:
+                own.append((rows, names))  # by all names, so that rows fall into the same groups at other places
             else:
-                bare.append(row)
+                bare += rows
         groups: list[tuple[list[int], Callable[..., Any]]] = []
-        for function, rows in together.items():
-            rows = sorted(rows + bare)
-            bare = []
-            groups.append((rows, _Together(function, layer, [self.rows[row] for row in rows])))
-        groups += [(rows, _nested(layer, names)) for names, rows in own.items()]
+        for function, of_adapter in together.items():
+            place = dict.fromkeys(bare, -1)
+            for number, rows in enumerate(of_adapter.values()):
+                place.update(dict.fromkeys(rows, number))
+            rows, bare = sorted(place), []
+            chosen = AdapterRows(tuple(of_adapter), tuple([place[row] for row in rows]))
+            groups.append((rows, functools.partial(function, layer.base_layer, chosen)))
+        groups += [(rows, _nested(layer, names)) for rows, names in own]
         if bare:
-            groups.append((bare, layer.base_layer))
+            groups.append((sorted(bare), layer.base_layer))
         self.held[key] = groups
         return groups
+
+    def run_around(self, handing: frozenset[str], call: Callable[..., Any], place: str, args: Any, kwargs: Any) -> Any:
+        """Return what ``call`` returns for a batch of these rows; the adapters ``handing`` hand on inside it, each to itself."""
+        rows_of: dict[tuple[str, ...], list[int]] = {}
+        for row, names in enumerate(self.rows):
+            rows_of.setdefault(tuple(name for name in names if name in handing), []).append(row)
+        if len(rows_of) == 1:
+            return call(*args, **kwargs)
+        per_row = entries_per_row(len(self.rows), place, args, kwargs)
+        groups = [(rows, call) for rows in rows_of.values()]
+        return call_by_rows(groups, per_row, place, self._narrowed, args, kwargs, ragged=True)
+
+    def _rows_of(self) -> dict[tuple[str, ...], list[int]]:
+        """Return the rows of each choice of adapters."""
+        key = ("rows of", self.rows)
+        if key not in self.held:
+            found: dict[tuple[str, ...], list[int]] = {}
+            for row, names in enumerate(self.rows):
+                found.setdefault(names, []).append(row)
+            self.held[key] = found
+        rows_of: dict[tuple[str, ...], list[int]] = self.held[key]
+        return rows_of
 
     @contextlib.contextmanager
     def _narrowed(self, rows: Sequence[int]) -> Iterator[None]:
@@ -159,20 +187,6 @@ class RowPlan:
             self.rows, self.numbers = before
 
 
-class _Together:
-    """Rows whose adapters run in one call of a function that :meth:`Adapter.grouped_rows` returned."""
-
-    def __init__(self, function: Callable[..., Any], layer: AdapterLayer, names: Sequence[tuple[str, ...]]) -> None:
-        here = [next((name for name in names if name in layer.adapters), None) for names in names]
-        distinct = list(dict.fromkeys(name for name in here if name is not None))
-        index = tuple(-1 if name is None else distinct.index(name) for name in here)
-        self.function, self.base = function, layer.base_layer
-        self.rows = AdapterRows(tuple(layer._adapter(name) for name in distinct), index)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.base, self.rows, *args, **kwargs)
-
-
 def _nested(layer: AdapterLayer, names: Sequence[str]) -> Callable[..., Any]:
     """Return the base of ``layer`` with the adapters of ``names`` around it."""
     call: Callable[..., Any] = layer.base_layer
@@ -180,6 +194,50 @@ def _nested(layer: AdapterLayer, names: Sequence[str]) -> Callable[..., Any]:
         if name in layer.adapters:
             call = functools.partial(layer._adapter(name), call)
     return call
+
+
+class _Around:
+    """Stands for the forward of a module in which adapters hand something on, for the time of a block.
+
+    Args:
+        call: the forward.
+        plan: which adapters act on which row.
+        handing: names of the adapters.
+        place: path of the module.
+    """
+
+    def __init__(self, call: Callable[..., Any], plan: RowPlan, handing: frozenset[str], place: str) -> None:
+        functools.update_wrapper(self, call)  # transformers asks for the names of arguments
+        self.call, self.plan, self.handing, self.place = call, plan, handing, place
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plan.run_around(self.handing, self.call, self.place, args, kwargs)
+
+
+@contextlib.contextmanager
+def _around(model: nn.Module, plan: RowPlan, layers: Mapping[str, AdapterLayer]) -> Iterator[None]:
+    """Let the modules around places whose adapters hand on run once for each of them."""
+    used = {name for names in plan.rows for name in names}
+    handing: dict[str, set[str]] = {}
+    for path, layer in layers.items():
+        for name in used & layer.adapters.keys():
+            if layer._adapter(name).hands_on:
+                handing.setdefault(path.rpartition(".")[0], set()).add(name)
+    modules = {path: unwrapped(module) for path, module in base_modules(model)} if handing else {}
+    before = {path: modules[path].__dict__.get("forward") for path in handing}
+    try:
+        for path, names in handing.items():
+            call = before[path] or modules[path].forward
+            while isinstance(call, _Around):  # of a block around this one, whose names do not count
+                call = call.call
+            modules[path].__dict__["forward"] = _Around(call, plan, frozenset(names), path)
+        yield
+    finally:
+        for path, own in before.items():
+            if own is None:
+                modules[path].__dict__.pop("forward", None)
+            else:
+                modules[path].__dict__["forward"] = own
 
 
 class _Left:
@@ -257,7 +315,13 @@ def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, Ad
 
 
 def _refuse_batch_second(model: nn.Module) -> None:
-    for path, module in model.named_modules():
+    waiting, found = [model], False
+    while waiting and not found:  # without paths, which take long, and without adapters
+        module = waiting.pop()
+        found = module.__dict__.get("batch_first") is False
+        inner = [module.base_layer] if isinstance(module, AdapterLayer) else module._modules.values()
+        waiting += [child for child in inner if child is not None]
+    for path, module in model.named_modules() if found else ():
         if module.__dict__.get("batch_first") is False:
             raise InjectionError(
                 f"{path!r}, a {type(module).__name__} with batch_first=False, has the rows of the batch in its second dimension; adapters by rows "

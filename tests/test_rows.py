@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -154,6 +155,51 @@ def test_rows_without_an_adapter_are_the_base_bit_for_bit() -> None:
     assert torch.equal(together[1::2], base[1::2])
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_rows_of_linear_layers_are_those_of_their_adapter_alone(tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(96, 160), nn.Linear(160, 96))
+    methods = {
+        "a": LoRA(rank=2),
+        "b": LoRA(rank=5, alpha=9),
+        "c": AdaLoRA(init_rank=4, target_rank=2),
+        "d": LoRAFA(rank=3),
+    }
+    for name, method in methods.items():
+        inject(model, method, ["0", "1"], name=name)
+    randomise(model, list(methods))
+    x = torch.randn(7, tokens, 96, generator=torch.Generator().manual_seed(4))
+    rows = ["a", "a", None, "b", "c", "d", "a"]
+    with torch.no_grad():
+        for order in (rows, rows[::-1], rows):
+            with adapter_rows(model, order):
+                together = model(x)
+            apart = alone(model, order, lambda: model(x))
+            assert distance(together, apart) <= TOLERANCE
+            assert distance(together[order.index("b")], together[order.index("a")]) > 1e-3
+        with adapters_disabled(model):
+            base = model(x)
+        assert torch.equal(together[2], base[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_an_adapter_that_diverged_spoils_its_own_rows_only(tokens: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    for name in ("sound", "lost"):
+        inject(model, LoRA(rank=2), "0", name=name)
+    randomise(model, ["sound", "lost"])
+    x = torch.randn(3, tokens, 64, generator=torch.Generator().manual_seed(4))
+    rows = ["sound", "lost", None]
+    with torch.no_grad():
+        with adapter_rows(model, rows):
+            before = model(x)
+        for tensor in ("lora_A", "lora_B"):
+            adapters_named(model, "lost")["0"].get_parameter(tensor).fill_(float("inf"))
+            with adapter_rows(model, rows):
+                after = model(x)
+            assert not torch.isfinite(after[1]).any()
+            assert distance(after[::2], before[::2]) <= TOLERANCE
+
+
 def test_blocks_nest_and_the_active_adapters_come_back() -> None:
     model = held(tiny_llama(), ["small", "large"])
     batch = token_batch(rows=2)
@@ -176,6 +222,34 @@ def test_changed_parameters_count_inside_a_block() -> None:
         after = model(**batch).logits
     assert distance(after[0], before[0]) > 1e-3
     assert torch.equal(after[1], before[1])
+
+
+def test_a_module_in_which_an_adapter_hands_on_runs_by_rows_and_is_left_as_it_was() -> None:
+    config = transformers.T5Config(
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        vocab_size=128,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    names = ["short", "long"]
+    for name, length in zip(names, (2, 5), strict=True):
+        inject(model, PromptTuning(num_virtual_tokens=length), name=name)
+    inject(model, LoRA(rank=2), name="lora")
+    randomise(model, [*names, "lora"])
+    ids = token_batch(rows=4, length=6)["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :3]}
+    rows = ["long", None, "short", "lora"]
+    with torch.no_grad():
+        with adapter_rows(model, rows[::-1]), adapter_rows(model, rows):
+            together = model(**batch).logits
+        apart = alone(model, rows, lambda: model(**batch).logits)
+    assert distance(together, apart) <= TOLERANCE
+    assert "forward" not in model.__dict__
 
 
 def test_several_adapters_on_one_row_nest() -> None:

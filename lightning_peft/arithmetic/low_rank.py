@@ -118,7 +118,10 @@ class LowRankAdapter(Adapter):
 
     def held_tensors(self) -> list[Tensor]:
         """Return every tensor that the update is made of."""
-        return [*self.parameters(), *self.buffers()]
+        if self._modules:
+            return [*self.parameters(), *self.buffers()]
+        both = (*self._parameters.values(), *self._buffers.values())
+        return [tensor for tensor in both if tensor is not None]
 
     def bias_tensors(self) -> dict[str, Tensor]:
         """Return the trained bias under its name in a file."""
@@ -209,6 +212,12 @@ class LowRankLinear(LowRankAdapter):
         """Return the batched products, where forward is the one of this class."""
         own = type(self).forward is LowRankLinear.forward and type(self)._update is LowRankLinear._update
         return low_rank_rows if own else None
+
+    def update_rows(self, x: Tensor, y: Tensor) -> None:
+        """Add the update of x (tokens, in), and what was trained of the bias, to y (tokens, out)."""
+        self._update(x, y, in_place=True)
+        if self.bias is not None:
+            y.copy_(self.add_bias(y))
 
     def row_factors(self) -> tuple[Tensor, Tensor]:
         """Return A (K, in) and B (K, out) of the update, zero outside the slices."""

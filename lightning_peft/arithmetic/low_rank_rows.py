@@ -1,33 +1,169 @@
-"""Low-rank updates of which each row of a batch has its own, as two batched products.
+"""Low-rank updates of which each row of a batch has its own.
 
 ::
 
     y[r] = W x[r] + s_r B_r A_r x[r]        x: (rows, tokens, in)
 
-    A: (rows, K, in)     the matrices of each row's adapter, padded with zeros to the largest rank K
-    B: (rows, K, out)    the same, times the scale
+The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of three ways:
 
-The base runs once, on all rows. Rows without an adapter are not touched, so they are the base bit for bit. Padding adds zeros to
-sums and gets no gradient; each adapter's parameters get the sum over its rows.
+    products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU
+    in turn     A (k, in), B (k, out) of each run      consecutive rows of one adapter at a time, into y; nothing is copied
+    masked      A (K, in), B (K, out) of all           for few tokens: h = A x^T for every adapter, that of others set to zero
+
+Padding of batched products with zeros adds zeros to sums and gets no gradient; each adapter's parameters get the sum over its rows.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.row_batches import AdapterRows
 
 if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
+_RUN = 300_000
+"""What a further run costs, in multiplications that the masked way may do more."""
+
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     """Return y (..., out) for x (..., in), whose first dimension holds the rows of the batch, each the same number of times."""
+    if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _into(base, rows, x)
+    return _products(base, rows, x)
+
+
+# -- without gradients, on a CPU ---------------------------------------------------------------------------------------
+
+
+def _into(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
+    """Return what :func:`low_rank_rows` does; the updates are added to the output of the base where it is."""
+    adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
+    y = adapters[0].computed(base, x)
+    if y is None:
+        y = base(x)
+        y = y.reshape(-1, y.shape[-1]).clone()
+    flat = x.reshape(-1, x.shape[-1])
+    runs = _runs(rows.index)
+    stack = None
+    K = sum([adapter.file_rank for adapter in adapters])
+    if len(flat) * K * (flat.shape[1] + y.shape[1]) <= _RUN * len(runs):
+        stack = _stacked(base, adapters, y.dtype)
+    tokens = len(flat) // len(rows.index)
+    if stack is not None:
+        h = stack.A @ flat.to(y.dtype).t()  # (K, rows * tokens)
+        h.masked_fill_(_of_others(rows.index, stack.ranks, tokens), 0.0)
+        y.addmm_(h.t().to(y.dtype), stack.B)
+    else:
+        _in_turn(adapters, rows.index, flat.view(len(rows.index), tokens, -1), y.view(len(rows.index), tokens, -1))
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Tensor, y: Tensor) -> None:
+    """Add the updates of x (rows, tokens, in) to y (rows, tokens, out), one run of rows after the other."""
+    runs = _runs(index)
+    if len(runs) == len(index):  # views made all at once
+        xs, ys = x.unbind(), y.unbind()
+    else:
+        xs, ys = (tuple(part[start:stop].flatten(0, 1) for start, stop, _ in runs) for part in (x, y))
+        runs = tuple((number, number + 1, place) for number, (_, _, place) in enumerate(runs))
+    pairs = [
+        None
+        if adapter.slices or adapter.bias is not None or (adapter.dropout and adapter.training)
+        else _transposed(adapter, y.dtype)
+        for adapter in adapters
+    ]
+    same = x.dtype == y.dtype
+    for start, _, place in runs:
+        pair, part = pairs[place], ys[start]
+        if pair is None:
+            adapters[place].update_rows(xs[start], part)
+        else:
+            down, B, scale = pair
+            part.addmm_((xs[start] if same else xs[start].to(y.dtype)).mm(down), B, alpha=scale)
+
+
+def _transposed(adapter: LowRankLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return A^T (in, k), B (k, out) and the scale of an adapter."""
+    A, B = adapter.row_factors()
+    return A.to(dtype).t(), B.to(dtype), adapter.scaling
+
+
+@functools.lru_cache(maxsize=16)
+def _runs(index: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Return (first row, row behind the last, place of the adapter) of consecutive rows with one adapter."""
+    found: list[tuple[int, int, int]] = []
+    start = 0
+    for place, run in itertools.groupby(index):
+        stop = start + len(list(run))
+        found += [(start, stop, place)] if place >= 0 else []
+        start = stop
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_others(index: tuple[int, ...], ranks: tuple[int, ...], tokens: int) -> Tensor:
+    """Return (K, rows * tokens), true where a line of the stacked A is not that of the adapter of the row."""
+    owner = torch.tensor([place for place, rank in enumerate(ranks) for _ in range(rank)])
+    return (owner[:, None] != torch.tensor(index)).repeat_interleave(tokens, dim=1)
+
+
+class _Stack:
+    """The matrices A (K, in) and B (K, out) of all adapters of one place below each other, the scales in B, and what they are made of."""
+
+    def __init__(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> None:
+        self.scales = [adapter.scaling for adapter in adapters]
+        self.dtype = dtype
+        self.sources = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+        pairs = [adapter.row_factors() for adapter in adapters]
+        self.ranks = tuple(len(A) for A, _ in pairs)
+        self.A = torch.cat([A for A, _ in pairs]).to(dtype)
+        self.B = torch.cat([B * scale for (_, B), scale in zip(pairs, self.scales, strict=True)]).to(dtype)
+        # Zero times what is not finite would reach the rows of other adapters.
+        self.usable = bool(torch.isfinite(self.B).all())
+
+    def holds(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> bool:
+        """Tell whether it would be made the same way again."""
+        if dtype != self.dtype or len(tensors) != len(self.sources):
+            return False
+        for tensor, (source, version, pointer) in zip(tensors, self.sources, strict=True):
+            if source() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
+                return False
+        return self.scales == [adapter.scaling for adapter in adapters]
+
+
+_stacks: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
+"""The last stack made at each place, small by the rule that chooses the masked way."""
+
+
+def _stacked(base: Any, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype) -> _Stack | None:
+    """Return the matrices of all adapters, made when they change; None where the masked way is not open."""
+    tensors: list[Tensor] = []
+    for adapter in adapters:
+        if adapter.bias is not None or (adapter.dropout and adapter.training):
+            return None
+        tensors += adapter.held_tensors()
+    if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+        return None
+    stack = _stacks.get(base)
+    if stack is None or not stack.holds(adapters, dtype, tensors):
+        stack = _stacks[base] = _Stack(adapters, dtype, tensors)
+    return stack if stack.usable else None
+
+
+# -- batched products --------------------------------------------------------------------------------------------------
+
+
+def _products(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
+    """Return what :func:`low_rank_rows` does, by two batched products."""
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
     fresh = adapters[0].computed(base, x)
     y: Tensor = base(x) if fresh is None else fresh

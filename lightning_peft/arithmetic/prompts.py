@@ -256,6 +256,7 @@ class PromptMethod(Method):
         for adapter in adapters.values():
             if isinstance(adapter, PromptAdapter):
                 adapter.cut = len(adapters) == 1
+                adapter.hands_on = not adapter.cut
 
     # -- files: one tensor, as HF PEFT has it --------------------------------------------------------------------------
 

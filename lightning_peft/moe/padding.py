@@ -215,6 +215,8 @@ class MaskReadingCopies(ParameterCopies):
 class Bypass(Adapter):
     """Hands its input on instead of running the module: for the parts of an MLP that a mixture behind them replaces."""
 
+    hands_on = True
+
     @override
     def forward(self, base: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``x`` as it is."""
