@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from lightning_peft.adapter_layer import adapter_layers, adapters_named
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded, send_inactive
@@ -23,6 +23,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
 
     Raises:
         AdapterNotFoundError: the model has no adapter of one of the names.
+        InjectionError: one acts alone where another is, or stands for a module in which another is.
         MergeError: an adapter that is not among them is merged into the base.
     """
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
@@ -43,11 +44,27 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
                 raise InjectionError(
                     f"{here} are all at {path!r}, but {alone(model, name, path)}; activate one of them"
                 )
+    _refuse_inside_replaced(layers, names)
     before = {name for layer in layers.values() for name in (*layer.active, *layer.merged)}
     fetch_offloaded(model, names)
     for layer in layers.values():
         layer.activate(names)
     send_inactive(model, before)
+
+
+def _refuse_inside_replaced(layers: Mapping[str, AdapterLayer], names: Sequence[str]) -> None:
+    """Refuse adapters in modules that do not run, because an adapter around them stands for the whole."""
+    chosen = {path: [name for name in names if name in layer.adapters] for path, layer in layers.items()}
+    for path, layer in layers.items():
+        for name in chosen[path]:
+            if not layer._adapter(name).replaces_base:
+                continue
+            inside = next((other for other, here in chosen.items() if here and other.startswith(f"{path}.")), None)
+            if inside is not None:
+                raise InjectionError(
+                    f"adapter {chosen[inside][0]!r} is at {inside!r}, inside {path!r}, which does not run while {name!r} stands for it: it would "
+                    "neither act nor be trained; give it targets outside, such as attention, or activate one of the two"
+                )
 
 
 def alone(model: nn.Module, name: str, path: str) -> str:

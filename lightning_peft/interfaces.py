@@ -99,6 +99,8 @@ class Adapter(nn.Module, ABC):
     hands_on: bool = False
     """What the adapter returns is meant for other adapters of the same name, in the module that this place is a part of, and may have
     another shape than what the base returns. That module is then run once for each of such adapters in a batch."""
+    replaces_base: ClassVar[bool] = False
+    """The modules inside the adapted one do not run, so that adapters there would have no effect."""
     scalable: ClassVar[bool] = False
     """What the adapter changes of the output, and of the weights it is merged into, is multiplied by :attr:`scale`."""
     scale: float = 1.0

@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import ConfigError, TargetError, did_you_mean
-from lightning_peft.families import GENERIC, ModelFamily
+from lightning_peft.families import GENERIC, ROLES, ModelFamily
 from lightning_peft.interfaces import Slice, Target
 
 _Hits = list[tuple[str, tuple[Slice, ...]]]  # the targets that match a place, with the slices each asks for
@@ -254,6 +254,8 @@ class _Search:
     def _nothing(self, word: str) -> str:
         last = sorted({path.rsplit(".", 1)[-1] for path in self.modules} - {str(number) for number in range(1000)})
         hint = did_you_mean(word, {*last, *self.family.role_names} - {word}) or "."
+        if word in ROLES and word not in self.family.role_names:
+            hint = f": it is a role, and nobody told family {self.family.name!r} which modules play it; a plugin can, with a ModelFamily."
         return (
             f"target {word!r} matches no module of {type(self.model).__name__}{hint} "
             f"Roles of family {self.family.name!r}: {', '.join(self.family.role_names)}. "

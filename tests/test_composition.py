@@ -452,3 +452,19 @@ def test_loading_one_adapter_from_a_folder_of_several_names_load_adapters_and_th
         AdapterFileError, match=r"\['first', 'second'\]; load them together with load_adapters.*first'$"
     ):
         load_adapter(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_an_adapter_inside_a_replaced_module_is_refused(turned):
+    """It would neither act nor be trained."""
+    from lightning_peft import MoEUpcycling
+    from lightning_peft.errors import InjectionError
+    from lightning_peft.testing import tiny_llama
+
+    model = tiny_llama()
+    pair = [Adaptation(MoEUpcycling(experts=2)), Adaptation(LoRA(rank=2), ["down", "query"])]
+    with pytest.raises(InjectionError, match=r"inside 'model.layers.0.mlp', which does not run while 'moe_upcycling'"):
+        inject_all(model, pair[::-1] if turned else pair)
+    assert adapter_names(model) == []
+    inject_all(model, [Adaptation(MoEUpcycling(experts=2)), Adaptation(LoRA(rank=2), ["query"])])
+    assert active_adapters(model) == ["moe_upcycling", "lora"]

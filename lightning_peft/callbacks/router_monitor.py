@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.moe.statistics import Routed, RouterReport, RouterStatistics
 
@@ -57,7 +58,13 @@ class RouterMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to routers that are new."""
-        for router in _routers(pl_module).values():
+        routers = _routers(pl_module).values()
+        if not routers and batch_idx == 0 and trainer.global_step == 0:
+            rank_zero_warn(
+                f"RouterMonitor found no mixture of experts in {type(pl_module).__name__} and logs nothing until there is one",
+                category=LightningPEFTWarning,
+            )
+        for router in routers:
             if router.statistics is None:
                 router.statistics = RouterStatistics(router.num_experts)
 

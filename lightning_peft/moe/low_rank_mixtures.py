@@ -108,6 +108,10 @@ class MixtureMethod(Method):
                     "experts here and no router chooses; leave both out, or choose routing='top_k'"
                 )
             return
+        if self.top_k == 1:
+            raise ConfigError(
+                f"{kind} top_k=1 gives a single expert the weight one, whatever the router says, so that the router never learns; choose top_k=2"
+            )
         for label, experts in counts.items():
             try:
                 rule = self.make_router()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,7 @@ class MixtureOfExperts(Routed, Adapter):
         feed_forward: the MLP.
     """
 
+    replaces_base: ClassVar[bool] = True
     router: nn.Parameter
 
     def __init__(self, method: MixtureSettings, module: nn.Module, feed_forward: FeedForward) -> None:

@@ -12,7 +12,7 @@ Routers always start without state. A parameter that is trained as a copy (``tra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,7 +49,8 @@ def upcycle_optimizer_state(
         name: of the adapter.
 
     Raises:
-        AdapterMismatchError: ``dense_state`` has none of a parameter that an expert comes from.
+        AdapterMismatchError: ``dense_state`` has none of a parameter that an expert comes from, or tensors of another shape, as
+            Adafactor and 8-bit optimizers have.
     """
     if mode not in get_args(Mode):
         raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -87,6 +88,8 @@ def _experts(adapter: MixtureOfExperts, dense_state: Mapping[str, Mapping[str, A
             f"the dense optimizer state has nothing of {missing[0]!r}, which experts come from; it has {len(dense_state)} parameters, such as "
             f"{next(iter(dense_state), None)!r}. Give it by the names of the dense model, or mode='fresh'"
         )
+    for name, shape in names.items():
+        _refuse_foreign(name, shape, dense_state[name])
     shape = next(iter(names.values()))
     fields = [
         key
@@ -110,6 +113,16 @@ def _experts(adapter: MixtureOfExperts, dense_state: Mapping[str, Mapping[str, A
         for key, tensor in filled.items():
             states[key][field] = tensor.mul_(factors.get(field, 1.0)) if scaled else tensor
     return states
+
+
+def _refuse_foreign(name: str, shape: Sequence[int], state: Mapping[str, Any]) -> None:
+    """Refuse tensors that are neither numbers nor of the parameter's shape: nobody knows what of them belongs to which expert."""
+    for field, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and tuple(value.shape) != tuple(shape):
+            raise AdapterMismatchError(
+                f"the dense optimizer state has {field!r} of shape {tuple(value.shape)} for {name!r} of shape {tuple(shape)}, as optimizers with "
+                "factored or packed states do; such a state cannot be shared out among experts: use mode='fresh'"
+            )
 
 
 def _held(adapter: ParameterCopies, key: str) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self, override
 
@@ -170,9 +171,12 @@ class SigmoidRouter(Router):
     ) -> Assignment:
         self.check(logits.shape[-1])
         logits = _wide(logits)
-        scores = torch.sigmoid(logits)
+        logs = F.logsigmoid(logits)
+        # All sigmoids of a token times one number, which quotients of them do not see: finite where all sigmoids are zero.
+        scores = (logs - logs.detach().amax(-1, keepdim=True)).exp()
         p = scores / scores.sum(-1, keepdim=True)
-        return _top_k(scores, self.top_k, self.combine, mask, logits=logits, probabilities=p)
+        chosen = torch.sigmoid(logits) if self.combine == "sigmoid" else scores
+        return _top_k(chosen, self.top_k, self.combine, mask, logits=logits, probabilities=p)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,7 +140,7 @@ class MoEUpcycling(Method):
         for name, least in (("experts", 2), ("top_k", 1), ("granularity", 1)):
             if not _number(getattr(self, name), int) or getattr(self, name) < least:
                 raise ConfigError(f"{kind} {name} must be an integer of at least {least}, got {getattr(self, name)!r}")
-        for name in ("router_std", "expert_noise", "reinit", "balance_coef", "z_coef", "jitter"):
+        for name in ("router_std", "expert_noise", "reinit", "balance_coef", "z_coef", "jitter", "noise", "capacity"):
             if not _number(getattr(self, name), float) or getattr(self, name) < 0:
                 raise ConfigError(f"{kind} {name} must be a finite number of at least 0, got {getattr(self, name)!r}")
         for name in ("reinit", "jitter"):

@@ -12,9 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import PEFTModule, RouterMonitor
+from lightning_peft import LoRA, PEFTModule, RouterMonitor
 from lightning_peft.callbacks.router_monitor import _draw, load_figure
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.experts import ExpertWeights, run_experts
 from lightning_peft.moe.routing import TopKRouter
@@ -105,14 +105,13 @@ def test_nobody_listens_any_more_after_an_error(make_trainer, tmp_path):
     assert not any(inner.statistics for inner in monitor.module.modules() if isinstance(inner, Routed))
 
 
-def test_a_module_without_routers_logs_nothing(make_trainer, tmp_path):
-    from lightning_peft import LoRA
-
+def test_a_module_without_routers_logs_nothing_but_a_warning(make_trainer, tmp_path):
     module = PEFTModule(nn.Sequential(nn.Linear(4, 4)), LoRA(rank=1), loss=lambda y, _: y.square().mean())
     trainer = make_trainer(
         tmp_path, max_steps=2, callbacks=[RouterMonitor(every_n_steps=1)], enable_checkpointing=False
     )
-    trainer.fit(module, DataLoader([(torch.ones(4), 0.0)] * 4))
+    with pytest.warns(LightningPEFTWarning, match="RouterMonitor found no mixture of experts in PEFTModule"):
+        trainer.fit(module, DataLoader([(torch.ones(4), 0.0)] * 4))
     assert not [name for name in trainer.callback_metrics if name.startswith("moe/")]
 
 

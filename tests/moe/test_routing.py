@@ -268,3 +268,17 @@ def test_what_a_router_says_of_its_weights_is_so(name, fields, sums_to, scale):
     assert router.uniform
     (gradient,) = torch.autograd.grad(assignment.weights.sum(), logits)
     assert router.normalized == (float(gradient.abs().max()) < 1e-7)
+
+
+@pytest.mark.parametrize("combine", ["renorm", "straight_through"])
+def test_sigmoids_that_are_all_zero_give_finite_weights(combine):
+    logits = torch.tensor([[-105.0, -106.0, -107.0, -108.0], [1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    found = SigmoidRouter(combine=combine).route(logits)
+    weights = found.weights.view(2, 2)
+    assert torch.allclose(weights.sum(-1), torch.ones(2))
+    wide = torch.sigmoid(logits.detach().double())
+    top = wide.topk(2, dim=-1).values
+    assert torch.allclose(weights.detach().double(), top / top.sum(-1, keepdim=True), rtol=1e-5)
+    assert torch.allclose(found.probabilities.detach().double(), wide / wide.sum(-1, keepdim=True), rtol=1e-5)
+    (gradient,) = torch.autograd.grad(weights[:, 0].sum(), logits)
+    assert torch.isfinite(gradient).all()

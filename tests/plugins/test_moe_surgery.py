@@ -291,3 +291,16 @@ def test_granularity_must_divide_the_hidden_features():
         TargetError, match="granularity=5 does not divide the 24 hidden features of 'model.layers.0.mlp'"
     ):
         inject(make("llama"), MoEUpcycling(granularity=5, top_k=5))
+
+
+def test_a_family_without_a_known_mlp_is_named_and_leads_nowhere_wrong():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Olmo2ForCausalLM(Olmo2Config(vocab_size=32, pad_token_id=0, **sizes))
+    with pytest.raises(
+        TargetError,
+        match=r"'down' matches no module of Olmo2ForCausalLM: it is a role, and nobody told family 'generic'",
+    ) as error:
+        inject(model, MoEUpcycling(experts=2))
+    assert "did you mean" not in str(error.value)

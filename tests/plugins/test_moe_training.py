@@ -292,3 +292,19 @@ def test_the_routers_can_be_watched(make_trainer, tmp_path):
         0.0,
         0.0,
     ]  # padding is nobody's loss
+
+
+def test_a_state_that_cannot_be_shared_out_is_refused():
+    """Adafactor keeps sums over rows and columns, which belong to no expert."""
+    from transformers import Adafactor
+
+    model = tiny_llama()
+    optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, scale_parameter=False)
+    model(**token_batch()).logits.square().mean().backward()
+    optimizer.step()
+    state = named_optimizer_state(model, optimizer)
+    inject(model, MoEUpcycling(experts=4))
+    with pytest.raises(
+        AdapterMismatchError, match="'exp_avg_sq_row' of shape .* cannot be shared out among experts: use mode='fresh'"
+    ):
+        upcycle_optimizer_state(model, state, "scaled")
