@@ -37,7 +37,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         if not any(name in layer.adapters for layer in layers.values()):
             adapters_named(model, name)  # raises, saying what there is
     for path, layer in layers.items():
-        here = [name for name in names if name in layer.adapters]
+        here = [name for name in names if name in layer.adapters and not layer._adapter(name).only_listens]
         for name in here if len(here) > 1 else []:
             held = records(model).get(name)
             if acts_alone(layer.adapters[name], held.method if held else None):

@@ -65,7 +65,7 @@ def refuse_different(model: nn.Module, folder: AdapterFolder, here: fp.Fingerpri
             f"this {type(model).__name__} has fingerprint {here.digest}: {len(different)} of {len(stored.tensors)} parameters differ, first "
             f"{different[0]!r}. Load the right base, or pass check_base=False if you know what you do"
         )
-    if isinstance(full := base.get("full"), dict):
+    if isinstance(full := base.get("complete"), dict):
         different = fp.full_differences(full, model, frozenset(base.get("quantized") or ()))
         if different:
             raise BaseMismatchError(

@@ -37,7 +37,7 @@ def roots_by_path(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def make_manifest(module: nn.Module, state: Mapping[str, Any], *, full: bool = False) -> dict[str, Any]:
-    """Describe the adapters in ``module``, whose ``state`` is saved, in plain values; with a ``full`` fingerprint of the base."""
+    """Describe the adapters in ``module``, whose ``state`` is saved, in plain values; with a ``complete`` fingerprint of the base."""
     return {
         "version": VERSION,
         "tensors": _shapes(state),
@@ -179,7 +179,7 @@ def _compare_base(stored: Mapping[str, Any], root: nn.Module) -> None:
             f"{len(different)} parameters differ, first {different[0]!r}. Load the right base, or set check_base=False on the module if you know "
             "what you do"
         )
-    full = stored.get("full")
+    full = stored.get("complete")
     if isinstance(full, dict) and (different := full_differences(full, root, packed | trained)):
         raise CheckpointMismatchError(
             f"the checkpoint was trained over a base with the full fingerprint {digest_of(full)}, this base has {digest_of(full_digests(root))}: "

@@ -162,6 +162,8 @@ def _check_together(model: nn.Module, plans: dict[str, Injection], family: Model
         method = injection.method
         alone = None if method.composable else f"{method.name!r} acts alone at a place"
         for target in all_places(model, injection, family):
+            if target.only_listens:
+                continue
             places.setdefault(target.path, []).append((name, alone))
         for path in saved_places(model, injection.saved):
             places.setdefault(path, []).append((name, f"modules_to_save of {name!r} trains the module in full"))
@@ -188,7 +190,7 @@ def save_adapters(
         model: the adapted model.
         path: the folder.
         facts: what the ``README.md`` of each adapter says beyond its files.
-        fingerprint: of the base, ``sampled`` or ``full``, as in :func:`~lightning_peft.save_adapter`.
+        fingerprint: of the base, ``sampled`` or ``complete``, as in :func:`~lightning_peft.save_adapter`.
 
     Returns:
         The folder.

@@ -30,7 +30,7 @@ _RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-24
 """One step of bfloat16, and the smallest number of float16."""
 
 
-FINGERPRINTS = ("sampled", "full")
+FINGERPRINTS = ("sampled", "complete")
 """What may be asked for: sampled weights, or a hash of them all too."""
 _CHUNK = 1 << 24
 """Elements hashed at a time."""
@@ -129,7 +129,7 @@ def full_digests(model: nn.Module) -> dict[str, str]:
 
 
 def full_differences(stored: Mapping[str, Any], model: nn.Module, left_out: Set[str] = frozenset()) -> list[str]:
-    """Return the names in a stored ``full`` fingerprint that differ from the base of ``model``.
+    """Return the names in a stored ``complete`` fingerprint that differ from the base of ``model``.
 
     Parameters that only one side has, packed there or trained, are left to the comparison of samples.
     """
@@ -141,7 +141,7 @@ def check_kind(kind: str) -> None:
     """Refuse a kind of fingerprint that there is not.
 
     Raises:
-        ConfigError: it is neither ``sampled`` nor ``full``.
+        ConfigError: it is neither ``sampled`` nor ``complete``.
     """
     if kind not in FINGERPRINTS:
         raise ConfigError(f"fingerprint must be one of {', '.join(FINGERPRINTS)}, got {kind!r}")
@@ -174,7 +174,7 @@ def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> di
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
     found_packed = {"packed": packed_digests(model)} if packed else {}
     if full:
-        found_packed["full"] = {name: value for name, value in full_digests(model).items() if name not in trained}
+        found_packed["complete"] = {name: value for name, value in full_digests(model).items() if name not in trained}
     return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
 
 

@@ -82,6 +82,8 @@ class Target:
     """The target (role, glob or regular expression) that matched, for messages."""
     optional: bool = False
     """Whether a place that the method itself adds is left out where ``modules_to_save`` trains the module in full."""
+    only_listens: bool = False
+    """Whether the adapter at this place changes nothing, so that any other may act there too."""
 
 
 class Adapter(nn.Module, ABC):
@@ -99,6 +101,8 @@ class Adapter(nn.Module, ABC):
     hands_on: bool = False
     """What the adapter returns is meant for other adapters of the same name, in the module that this place is a part of, and may have
     another shape than what the base returns. That module is then run once for each of such adapters in a batch."""
+    only_listens: ClassVar[bool] = False
+    """The adapter changes nothing at its place, so that any other may act there too."""
     replaces_base: ClassVar[bool] = False
     """The modules inside the adapted one do not run, so that adapters there would have no effect."""
     scalable: ClassVar[bool] = False

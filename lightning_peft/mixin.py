@@ -45,7 +45,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     holds is saved as always: a head of its own, and parameters of the base that were unfrozen after :func:`inject`.
     A hook of this class that you override must call ``super()``.
 
-    ``base_fingerprint = "full"`` on the class or the module has checkpoints and adapter folders hold a hash of every weight of the
+    ``base_fingerprint = "complete"`` on the class or the module has checkpoints and adapter folders hold a hash of every weight of the
     base, besides samples, and has them compared when a checkpoint is loaded.
 
     A run resumes bit for bit, with dropout: see :class:`~lightning_peft.resuming.ExactResume`. With other settings of optimizers
@@ -53,7 +53,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     """
 
     base_fingerprint: str = "sampled"
-    """How the base is recognised: by ``sampled`` weights, or by the ``full`` ones too."""
+    """How the base is recognised: by ``sampled`` weights, or by the ``complete`` ones too."""
     check_base: bool = True
     """Whether a checkpoint of another base is refused."""
 
@@ -175,7 +175,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what :meth:`on_load_checkpoint` compares."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[MANIFEST] = make_manifest(self, self.state_dict(), full=self.base_fingerprint == "full")
+        checkpoint[MANIFEST] = make_manifest(self, self.state_dict(), full=self.base_fingerprint == "complete")
         names = {name: name for name in checkpoint.get("state_dict", ())}
         for key in (MANIFEST, PARAMETERS):
             if key in checkpoint:

@@ -76,7 +76,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         lr_interval: whether the scheduler advances every ``step`` or every ``epoch``.
         loss: called as ``loss(outputs, target)`` with what the model returned and the last element of a tuple batch, the
             ``labels`` of a dict batch, or a tensor batch itself. If None, the model must return its own loss.
-        fingerprint: how checkpoints recognise the base: by ``sampled`` weights, or by a hash of them all too (``full``), for which
+        fingerprint: how checkpoints recognise the base: by ``sampled`` weights, or by a hash of them all too (``complete``), for which
             every save and load reads every weight.
         check_base: whether to refuse a checkpoint or an adapter folder of another base.
 
@@ -108,7 +108,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: str = "step",
         loss: Loss | None = None,
-        fingerprint: Literal["sampled", "full"] = "sampled",
+        fingerprint: Literal["sampled", "complete"] = "sampled",
         check_base: bool = True,
         by_rows: bool = False,
     ) -> None:

@@ -42,6 +42,8 @@ def own_adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
 
 def acts_alone(adapter: nn.Module, method: Method | None) -> bool:
     """Tell whether ``adapter``, of an adapter made by ``method``, cannot be active beside another one at its place."""
+    if isinstance(adapter, Adapter) and adapter.only_listens:
+        return False
     return isinstance(adapter, SavedParameters) or (method is not None and not method.composable)
 
 

@@ -107,7 +107,7 @@ def save_adapter(
         path: the folder.
         name: the adapter.
         facts: what ``README.md`` says beyond the files, such as the data and measurements.
-        fingerprint: ``sampled`` stores a few elements of every weight of the base; ``full`` a hash of all of them too, which reads
+        fingerprint: ``sampled`` stores a few elements of every weight of the base; ``complete`` a hash of all of them too, which reads
             every weight here and whenever the folder is loaded.
 
     Returns:
@@ -179,7 +179,7 @@ def _own_config(model: nn.Module, injection: Injection, fingerprint: str, hashes
             for target in injection.targets
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
-        "base": _base(model, injection, full=fingerprint == "full"),
+        "base": _base(model, injection, full=fingerprint == "complete"),
         "files": dict(hashes),
         "versions": {
             "python": platform.python_version(),

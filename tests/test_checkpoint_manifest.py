@@ -162,7 +162,7 @@ def test_another_choice_of_active_adapters_is_refused(refused):
 def full(make_trainer, tmp_path):
     """A checkpoint with a full fingerprint, and what its base becomes when one element that is not sampled is changed."""
     trainer = make_trainer(tmp_path, max_epochs=1)
-    trainer.fit(module(fingerprint="full"), loader())
+    trainer.fit(module(fingerprint="complete"), loader())
     trainer.save_checkpoint(tmp_path / "full.ckpt")
     changed = net()
     with torch.no_grad():
@@ -193,5 +193,5 @@ def test_the_same_base_passes_its_full_fingerprint(full, make_trainer, tmp_path)
 
 
 def test_a_kind_of_fingerprint_that_there_is_not_is_refused():
-    with pytest.raises(ConfigError, match="one of sampled, full, got 'whole'"):
+    with pytest.raises(ConfigError, match="one of sampled, complete, got 'whole'"):
         module(fingerprint="whole")

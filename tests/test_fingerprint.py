@@ -138,7 +138,7 @@ def test_a_folder_with_a_full_fingerprint_is_refused_over_a_base_changed_by_one_
     adapted = copy.deepcopy(base)
     inject(adapted, LoRA(rank=2), ["0"])
     save_adapter(adapted, tmp_path / "sampled")
-    save_adapter(adapted, tmp_path / "full", fingerprint="full")
+    save_adapter(adapted, tmp_path / "full", fingerprint="complete")
     load_adapter(copy.deepcopy(other), tmp_path / "sampled")
     with pytest.raises(
         BaseMismatchError,

@@ -488,8 +488,8 @@ def test_mixed_precision_keeps_adapters_in_float32(llama_dir, make_trainer, tmp_
 def test_labels_are_shifted_for_models_that_predict_the_next_token_only(name, encoder_decoder, shifted):
     import types
 
-    from lightning_peft.module import _predicts_the_next_token
+    from lightning_peft.batch_parts import predicts_the_next_token
 
     model = type(name, (torch.nn.Module,), {})()
     model.config = types.SimpleNamespace(is_encoder_decoder=encoder_decoder)
-    assert _predicts_the_next_token(model) is shifted
+    assert predicts_the_next_token(model) is shifted

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_tools.report import LowRankReport
-from lightning_peft.adapter_tools.updates import Pair
+from lightning_peft.adapter_tools.updates import Pair, low_rank_method
 from lightning_peft.arithmetic.low_rank import CONVOLUTIONS
 from lightning_peft.arithmetic.thin_products import rank_for, tail_error, widened
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.injection import record
-from lightning_peft.plugins.lora import LoRA
 from lightning_peft.quantized_layers import dense_weight, is_packed
 from lightning_peft.targets import is_conv1d_linear, is_fused_experts
 
@@ -176,7 +175,7 @@ class Factored:
 
 def _file_name(module: nn.Module, key: str) -> str | None:
     """Return the name of A in a file for the parameter ``key`` of ``module``; None where LoRA has no update for it."""
-    if is_fused_experts(module) or not LoRA().supports(module):
+    if is_fused_experts(module) or not low_rank_method()().supports(module):
         return None
     if isinstance(module, nn.MultiheadAttention):
         return {"in_proj_weight": "lora_A.weight", "out_proj.weight": "base_layer.out_proj.lora_A.weight"}.get(key)

@@ -25,7 +25,7 @@ def to_lora(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    new_name: str = "lora",
+    new_name: str = "converted",
     drop_rest: bool = False,
 ) -> LowRankReport:
     """Make a LoRA adapter from an adapter of any mergeable method, beside it, and make that the active one.

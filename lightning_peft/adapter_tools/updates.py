@@ -24,7 +24,7 @@ from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Target
-from lightning_peft.plugins.lora import LoRA
+from lightning_peft.registry import get_registry
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.saved_modules import SavedParameters
 from lightning_peft.surgery import inject_at
@@ -186,7 +186,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
     }.items():
         if hf.get(key) or (folder.own or {}).get(key):
             raise ConfigError(f"{what} holds {meaning} ({key}), which cannot be read without the model; load it there")
-    lora, scalings = LoRA.from_hf_config({k: v for k, v in hf.items() if k != "modules_to_save"}), {}
+    lora, scalings = low_rank_method().from_hf_config({k: v for k, v in hf.items() if k != "modules_to_save"}), {}
     places: dict[str, dict[str, Tensor]] = {}
     for stored, tensor in folder.tensors.items():
         name = stored.removeprefix(folder.method.hf_prefix)
@@ -220,7 +220,7 @@ def _check_pairs(folder: AdapterFolder, path: str, pairs: Mapping[str, Pair], re
                 raise AdapterMismatchError(f"{where} has values that are not finite floating-point numbers")
 
 
-def _at(lora: LoRA, path: str) -> LoRA:
+def _at(lora: Any, path: str) -> Any:
     """Return ``lora`` as it is at ``path``, by the rule of HF PEFT: the first pattern that matches the end of the path."""
     overrides: dict[str, Any] = {}
     for field, patterns in lora.patterns().items():
@@ -244,12 +244,17 @@ def _natural(path: str) -> list[tuple[int, int, str]]:
 # -- into a model ------------------------------------------------------------------------------------------------------
 
 
-def lora_for(pairs: Mapping[str, Mapping[str, Pair]], *, tied: bool = False, biases: bool = False) -> LoRA:
+def low_rank_method() -> Any:
+    """Return the class of the method whose files are those that HF PEFT calls ``LORA``: what all tools here read and make."""
+    return get_registry().method_for_peft_type("LORA")
+
+
+def lora_for(pairs: Mapping[str, Mapping[str, Pair]], *, tied: bool = False, biases: bool = False) -> Any:
     """Return the LoRA, of scale one everywhere, that holds ``pairs``: the ranks of single places are in its patterns."""
     ranks = {path: max(pair.rank for pair in here.values()) for path, here in pairs.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"re:{re.escape(path)}": value for path, value in ranks.items() if value != rank}
-    return LoRA(
+    return low_rank_method()(
         rank=rank,
         alpha=float(rank),
         rank_pattern=other,

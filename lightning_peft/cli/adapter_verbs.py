@@ -164,11 +164,13 @@ def convert_to_lora(
     model = _load_base(base or _base_of(str(adapter)), dtype)
     if tuned is not None:
         changed = _load_base(tuned, dtype)
-        report = conversion.extract_lora(model, changed, rank=rank, energy=energy, name="lora", drop_rest=drop_rest)
+        report = conversion.extract_lora(
+            model, changed, rank=rank, energy=energy, name="converted", drop_rest=drop_rest
+        )
     else:
         _load(model, str(adapter), check_base)
-        report = conversion.to_lora(model, rank=rank, energy=energy, new_name="lora", drop_rest=drop_rest)
-    save_adapter(model, output, name="lora")
+        report = conversion.to_lora(model, rank=rank, energy=energy, new_name="converted", drop_rest=drop_rest)
+    save_adapter(model, output, name="converted")
     _print_report(output, report)
 
 

@@ -9,13 +9,15 @@ from lightning_peft.cli.model_verbs import Dtype, _base_of, _load_base
 from lightning_peft.errors import AdapterFileError, BaseMismatchError, ConfigError
 
 
-def fingerprint(base: str | None = None, adapter: str | None = None, full: bool = False, dtype: Dtype = "auto") -> None:
+def fingerprint(
+    base: str | None = None, adapter: str | None = None, complete: bool = False, dtype: Dtype = "auto"
+) -> None:
     """Print the fingerprint of a base and of the one an adapter was trained on, and compare them.
 
     Args:
         base: local folder or hub id of the base; what the adapter was trained on if not given.
         adapter: adapter folder of ours, or a .ckpt; the base alone is told if not given.
-        full: hash every weight of the base too.
+        complete: hash every weight of the base too.
         dtype: precision the base is loaded in; auto is its own.
 
     Raises:
@@ -35,11 +37,11 @@ def fingerprint(base: str | None = None, adapter: str | None = None, full: bool 
     here = fp.fingerprint(model)
     if here is None:
         raise ConfigError(f"the base {base!r} has no floating-point weights to take a fingerprint of")
-    hashes = fp.full_digests(model) if full or stored.get("full") else {}
+    hashes = fp.full_digests(model) if complete or stored.get("complete") else {}
     print(f"base     {base}: sampled {here.digest}" + (f", full {fp.digest_of(hashes)}" if hashes else ""))
     if adapter is None:
         return
-    before, exact = fp.Fingerprint(stored["tensors"]), stored.get("full") or {}
+    before, exact = fp.Fingerprint(stored["tensors"]), stored.get("complete") or {}
     print(
         f"adapter  {adapter}: sampled {before.digest}"
         + (f", full {fp.digest_of(exact)}" if exact else ", full not stored")

@@ -49,7 +49,7 @@ FLAGS = {
         "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory.",
     },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
-    "fingerprint": {"full": "Hash every weight of the base too."},
+    "fingerprint": {"complete": "Hash every weight of the base too."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }
 """Arguments of a verb that are given without a value, with their help."""

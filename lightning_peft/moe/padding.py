@@ -17,7 +17,7 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,8 @@ class MaskReader(Adapter):
     Args:
         module: attention.
     """
+
+    only_listens: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

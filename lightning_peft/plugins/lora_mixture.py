@@ -109,7 +109,7 @@ class LoRAMixture(MixtureMethod):
             if attention is None or mask_argument(mlps.modules[attention]) is None or inside not in ([], [attention]):
                 places.append(target)
                 continue
-            readers.setdefault(attention, _Place(path=attention))
+            readers.setdefault(attention, _Place(path=attention, only_listens=True))
             places.append(_Place(path=target.path, slices=target.slices, rule=target.rule))
         return [*places, *readers.values()]
 

@@ -86,7 +86,7 @@ class MixLoRA(MixtureMethod):
         mlps, modules = MLPs(model, family), dict(base_modules(model))
         found = dict.fromkeys(mlps.attention(target.path) for target in targets)
         readers = [path for path in found if path is not None and mask_argument(unwrapped(modules[path])) is not None]
-        return [*targets, *(Target(path=path, rule=_READER) for path in readers)]
+        return [*targets, *(Target(path=path, rule=_READER, only_listens=True) for path in readers)]
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:

@@ -211,7 +211,7 @@ class MoEUpcycling(Method):
                 places[path] = _Place(path=path, part="bypass")
             attention = mlps.attention(down)
             if attention is not None and mask_argument(mlps.modules[attention]) is not None:
-                places.setdefault(attention, _Place(path=attention, part="reader"))
+                places.setdefault(attention, _Place(path=attention, part="reader", only_listens=True))
         if self.train == "all":
             self._add_others(model, places)
         return list(places.values())

@@ -185,12 +185,12 @@ def test_a_converted_adapter_acts_as_the_original_where_the_rank_is_enough(case,
     shake(model)
     expected = model(**token_batch()).logits
     report = to_lora(model, rank=rank)
-    assert active_adapters(model) == ["lora"]
+    assert active_adapters(model) == ["converted"]
     assert 0 <= report.error <= 1e-5
     found = model(**token_batch()).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert (make()(**token_batch()).logits - expected).abs().max() > 1e-3
-    save_adapter(model, tmp_path, name="lora")
+    save_adapter(model, tmp_path, name="converted")
     theirs = PeftModel.from_pretrained(make(), tmp_path)
     torch.testing.assert_close(theirs(**token_batch()).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -208,8 +208,8 @@ def test_what_was_trained_in_full_becomes_a_lora_with_its_error(method):
     report = to_lora(model, rank=8, drop_rest=True)
     assert all("norm" in name for name in report.left_out)
     for path, layer in adapter_layers(model).items():
-        if "lora" in layer.adapters:
-            exact, found = change(layer), change(layer, "lora")
+        if "converted" in layer.adapters:
+            exact, found = change(layer), change(layer, "converted")
             S = torch.linalg.svdvals(exact)
             assert float((found - exact).norm() / exact.norm()) == pytest.approx(report.errors[path], rel=1e-4)
             assert report.errors[path] == pytest.approx(float(S[8:].norm() / S.norm()), rel=1e-4)
@@ -224,7 +224,7 @@ def test_the_base_in_half_precision_costs_no_digits():
     assert report.error <= 1e-5
     for layer in adapter_layers(model).values():
         exact = change(layer)
-        assert (change(layer, "lora") - exact).norm() <= 1e-5 * exact.norm()
+        assert (change(layer, "converted") - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_biases_alone_become_a_lora_with_biases():

@@ -20,7 +20,7 @@ def folders(llama_dir, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(llama_dir)
     inject(model, LoRA(rank=2), ["query"])
     save_adapter(model, root / "sampled")
-    save_adapter(model, root / "full", fingerprint="full")
+    save_adapter(model, root / "full", fingerprint="complete")
     return llama_dir, root, fingerprint(model).digest
 
 
@@ -28,7 +28,7 @@ def test_a_base_alone_is_told(folders, capsys):
     base, _, digest = folders
     assert main(["fingerprint", "--base", base]) == 0
     assert f"{base}: sampled {digest}" in capsys.readouterr().out
-    assert main(["fingerprint", "--base", base, "--full"]) == 0
+    assert main(["fingerprint", "--base", base, "--complete"]) == 0
     assert f"sampled {digest}, full " in capsys.readouterr().out
 
 
