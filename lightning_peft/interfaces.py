@@ -342,6 +342,9 @@ class Method(Named, ABC):
 class Quantizer(Named, ABC):
     """A way to store the weights of a frozen linear layer in few bits. A frozen dataclass, like :class:`Method`."""
 
+    rounds_inputs: ClassVar[bool] = False
+    """Layers round their inputs too, so that a difference in the last bit of one becomes a step in the output."""
+
     @abstractmethod
     def quantize(self, linear: nn.Linear) -> nn.Module:
         """Return a module that acts as ``linear`` with quantised weights. ``linear`` is left as it is."""

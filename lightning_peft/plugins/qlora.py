@@ -81,7 +81,8 @@ class QLoRA(LoRA):
         super().__post_init__()
         object.__setattr__(self, "skip", (self.skip,) if isinstance(self.skip, str) else tuple(self.skip))
         self._spec()
-        _ = self.quantizer
+        # A batch of several adapters adds in another order than one of a single adapter.
+        object.__setattr__(self, "row_routable", type(self).row_routable and not self.quantizer.rounds_inputs)
 
     @property
     def quantizer(self) -> Quantizer:

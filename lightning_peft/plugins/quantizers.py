@@ -150,6 +150,7 @@ class Int8(Quantizer):
     """
 
     name: ClassVar[str] = "int8"
+    rounds_inputs: ClassVar[bool] = True
 
     threshold: float = 0.0
     """Input features with a magnitude of this or more are multiplied in full precision (the paper: 6.0); 0 for none."""
