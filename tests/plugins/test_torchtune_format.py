@@ -125,7 +125,9 @@ def test_the_order_of_rows_is_that_of_the_rotary_embeddings():
 
 def test_target_modules_may_be_in_hf_pefts_words(tmp_path):
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "lm_head")
-    load_adapter(tiny_llama(), fixture(tmp_path, targets=names)[0])
+    found = load_adapter(tiny_llama(), fixture(tmp_path, targets=names)[0])
+    assert {path.rsplit(".", 1)[-1] for path in found.paths} <= set(names)
+    assert any(path.endswith("q_proj") for path in found.paths)
 
 
 def test_a_folder_that_hf_peft_reads_as_well_is_hf_pefts(tmp_path):
