@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft import strategies as _strategies
+
 if TYPE_CHECKING:
     from lightning_peft.activation import active_adapters as active_adapters
     from lightning_peft.activation import adapters_disabled as adapters_disabled
@@ -245,6 +247,9 @@ _HOME = {
 """Public name to the module that defines it."""
 
 __all__ = sorted(_HOME)
+
+
+_strategies.register()
 
 
 def __getattr__(name: str) -> Any:

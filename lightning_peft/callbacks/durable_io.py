@@ -19,6 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from lightning_peft.adapter_files import write_file
+from lightning_peft.sharded_folders import is_sharded_folder, read_folder
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -27,6 +28,14 @@ class DurableCheckpointIO(TorchCheckpointIO):
     A kill at any moment leaves the former file or the new one under the name, and beside it at most a temporary one whose name
     no search for checkpoints finds. Paths of other file systems are left to Lightning.
     """
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the checkpoint in a file, or whole the one that a sharded run left in a folder."""
+        if is_sharded_folder(path):
+            return read_folder(path)
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return checkpoint
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

@@ -1,0 +1,53 @@
+"""DDP for adapted models: the strategy ``peft_ddp``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from typing_extensions import override
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.sharded_folders import read_folder
+from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.precision import keeping_adapters
+
+
+class PEFTDDPStrategy(DDPStrategy):
+    """DDP that holds a whole adapted model in each process and averages the gradients of what is trained.
+
+    The processes compare what they are about to train before the first step, ``bf16-true`` does not round adapters, and checkpoints
+    of sharded runs are read. Inactive adapters do not require gradients and experts without tokens get zeros, so no search for unused
+    parameters is needed.
+
+    Args:
+        kwargs: those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``.
+
+    Raises:
+        ConfigError: ``find_unused_parameters=True`` was asked for.
+    """
+
+    strategy_name = "peft_ddp"
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("find_unused_parameters"):
+            raise ConfigError(
+                "find_unused_parameters=True was asked for, but adapters need it only where a batch chooses them by rows; then take Lightning's "
+                "'ddp_find_unused_parameters_true'"
+            )
+        super().__init__(**kwargs)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        check_agreement(self, self.lightning_module)
+        self.precision_plugin = keeping_adapters(self.precision_plugin)
+        super().setup(trainer)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return the checkpoint in a file, or whole what a sharded run left in a folder."""
+        path = Path(checkpoint_path)
+        return read_folder(path) if path.is_dir() else super().load_checkpoint(checkpoint_path, weights_only)

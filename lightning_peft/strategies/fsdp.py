@@ -1,0 +1,230 @@
+"""FSDP2 for adapted models: the strategy ``peft_fsdp``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.strategies.model_parallel import _FSDPNoSync
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.sharded_folders import read_folder
+from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.precision import keeping_adapters
+from lightning_peft.strategies.sharded_state import gathered, load_into, sharded_optimizer_state
+from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class PEFTFSDPStrategy(ModelParallelStrategy):
+    """Shards an adapted model over all processes with FSDP2 (``fully_shard``), blocks of its family as units.
+
+    Works for any LightningModule whose models are built in ``configure_model``; one that shards itself there is left as it is. By
+    default a checkpoint is one file with the adapter tensors and their optimizer state, which any other strategy resumes from, and
+    the other way round. FSDP1 is not offered: it keeps whole gradients of frozen weights, refuses clipping by norm, and saves the base.
+
+    Args:
+        units: what is gathered and freed as one: globs on module paths, ``re:`` expressions or class names; the blocks of the
+            model's family if None.
+        replicate: over how many groups of processes the model is replicated, each sharding it within (HSDP); 1 for none.
+        reshard_after_forward: free the gathered weights of a unit after its forward and gather them again for backward.
+        gather_dtype: dtype in which weights are gathered and computed with; that of each parameter if None. With ``bf16-mixed`` and None
+            results are those of DDP bit for bit; ``bf16`` halves what is sent for a base in float32, and rounds norms too.
+        reduce_dtype: dtype in which gradients are summed over processes; that of the gradients if None.
+        cpu_offload: keep weights and optimizer in the memory of the host. Needs an accelerator.
+        activation_checkpointing: keep the inputs of units only, and run their forward again in backward.
+        save_distributed_checkpoint: let each process write its part into a folder, in place of one file.
+        start_method: how processes start: ``popen`` runs the script once for each, ``fork`` and ``spawn`` serve notebooks and tests.
+        process_group_backend: as for ``torch.distributed``.
+        timeout: after which time a process that waits for another gives up.
+
+    References:
+        Zhao et al., "PyTorch FSDP", arXiv:2304.11277; ``torch.distributed.fsdp.fully_shard``.
+    """
+
+    strategy_name = "peft_fsdp"
+
+    def __init__(
+        self,
+        units: Sequence[str] | None = None,
+        *,
+        replicate: int = 1,
+        reshard_after_forward: bool = True,
+        gather_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+        reduce_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+        cpu_offload: bool = False,
+        activation_checkpointing: bool = False,
+        save_distributed_checkpoint: bool = False,
+        start_method: Literal["popen", "fork", "spawn", "forkserver"] = "popen",
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        for name, value in (("gather_dtype", gather_dtype), ("reduce_dtype", reduce_dtype)):
+            if value is not None and value not in _DTYPES:
+                raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)} or None, got {value!r}")
+        if isinstance(units, str) or replicate < 1:
+            raise ConfigError(
+                f"units must be a list and replicate at least 1, got units={units!r}, replicate={replicate}"
+            )
+        self.units, self.replicate = None if units is None else list(units), replicate
+        self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
+        self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
+        self.sharded_units: list[str] = []
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            super()._configure_launcher()
+        elif not self.cluster_environment.creates_processes_externally:
+            self._launcher = _Forked(self, start_method=self._start_method)
+
+    @override
+    def setup_environment(self) -> None:
+        self._setup_distributed()  # and not the two-dimensional mesh of the parent
+        if self.world_size % self.replicate:
+            raise ConfigError(f"replicate={self.replicate} does not divide the {self.world_size} processes")
+        shape = (self.replicate, self.world_size // self.replicate)
+        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh["replicate", "shard"]._flatten("data_parallel")
+        self._device_mesh = mesh
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    # -- sharding --------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
+        check_agreement(self, module)
+        refuse_unshardable(module)
+        self.precision_plugin = keeping_adapters(self.precision_plugin)
+        module = self.precision_plugin.convert_module(module)
+        if self.activation_checkpointing:
+            checkpoint_activations(module, self.units)
+        self.sharded_units += shard(module, self.units, self.fully_shard_arguments())
+        super().setup(trainer)
+
+    def fully_shard_arguments(self) -> dict[str, Any]:
+        """Return what every unit is sharded with, from the settings and the precision of the Trainer."""
+        mesh: DeviceMesh = self.device_mesh
+        arguments: dict[str, Any] = {
+            "mesh": mesh if self.replicate > 1 else mesh["shard"],
+            "reshard_after_forward": self.reshard_after_forward,
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+        }
+        gather = None if self.gather_dtype is None else _DTYPES[self.gather_dtype]
+        reduce = None if self.reduce_dtype is None else _DTYPES[self.reduce_dtype]
+        if gather is not None and reduce is None:
+            reduce = torch.float32
+        if gather is not None or reduce is not None:
+            arguments["mp_policy"] = MixedPrecisionPolicy(param_dtype=gather, reduce_dtype=reduce)
+        return arguments
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Let gradients stay with their process, as in all but the last batch of an accumulation."""
+        module: Any = self.lightning_module
+        with _FSDPNoSync(module, enabled=True):
+            yield
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return what the module's ``state_dict`` holds: its parts here for a folder, whole and on rank 0 alone for a file."""
+        module = self.lightning_module
+        assert module is not None
+        if self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        state: dict[str, Any] = gathered(dict(module.state_dict()), keep=self.global_rank == 0)
+        return state if self.global_rank == 0 else {}
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer: by names for a folder, by position and whole for a file."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        bare: Optimizer = getattr(optimizer, "optimizer", optimizer)
+        state: dict[str, Any] = gathered(bare.state_dict(), keep=self.global_rank == 0)
+        return state
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return the whole checkpoint in a file or a folder; what it holds is taken over afterwards, as on one device."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return read_folder(path)
+        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.lightning_module
+        assert module is not None
+        load_into(module, checkpoint["state_dict"])
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(sharded_optimizer_state(state, optimizer))
+
+
+class _Forked(_MultiProcessingLauncher):
+    """Starts processes from the one that runs; what the module's ``state_dict`` holds comes back whole."""
+
+    @override
+    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
+        module: LightningModule = trainer.lightning_module
+        with _whole_state(module):
+            return super()._collect_rank_zero_results(trainer, results)
+
+
+@contextlib.contextmanager
+def _whole_state(module: LightningModule) -> Iterator[None]:
+    whole = gathered(dict(module.state_dict()), keep=True)
+    module.__dict__["state_dict"] = lambda *args, **kwargs: whole
+    try:
+        yield
+    finally:
+        del module.__dict__["state_dict"]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether something in ``module`` is sharded by FSDP2."""
+    return any(isinstance(inner, FSDPModule) for inner in module.modules())

@@ -1,0 +1,123 @@
+"""Which modules FSDP2 shards as units, and how: what ``fully_shard`` is called on, and with what.
+
+::
+
+    LightningModule                     stays whole: it has no forward that training runs
+      model    (adapted)                a unit: embeddings, head, last norm
+        layers.0, layers.1, ...         a unit each: gathered for its forward and backward, then freed
+      head     (the user's own)         a unit
+
+A unit holds the frozen weights and the adapters around them. FSDP2 shards each parameter for itself, in its own dtype, and reduces
+the gradients of trained ones only, so a frozen base in bfloat16 beside adapters in float32 is one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lightning_peft.adapter_layer import AdapterLayer, base_modules
+from lightning_peft.errors import ConfigError, TargetError
+from lightning_peft.injection import adapted_roots
+from lightning_peft.registry import get_registry
+from lightning_peft.targets import matches
+
+
+def blocks_of(model: nn.Module, policy: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Return the modules of ``model`` that become units of their own, by path, the inner ones first.
+
+    Args:
+        model: with or without adapters.
+        policy: globs or ``re:`` expressions on module paths, or class names; the role ``block`` of the model's family if None.
+
+    Raises:
+        TargetError: an entry of ``policy`` matches nothing.
+    """
+    places = dict(base_modules(model))
+    if policy is None:
+        family = get_registry().resolve_family(model)
+        found = matches("block", model, family) if family.globs("block") else set()
+    else:
+        found = set()
+        for word in policy:
+            by_class = {path for path, place in places.items() if _kind(place) == word}
+            here = by_class or matches(word, model, get_registry().resolve_family(model))
+            if not here:
+                kinds = sorted({_kind(place) for place in places.values()})
+                raise TargetError(
+                    f"the policy asks for units {word!r}, but {type(model).__name__} has no module of that class or path; classes are "
+                    f"{', '.join(kinds)}"
+                )
+            found |= here
+    return {path: places[path] for path in sorted(found, key=lambda path: -path.count(".")) if path}
+
+
+def _kind(place: nn.Module) -> str:
+    return type(place.base_layer if isinstance(place, AdapterLayer) else place).__name__
+
+
+def shard(module: nn.Module, policy: Iterable[str] | None, options: Mapping[str, Any]) -> list[str]:
+    """Call ``fully_shard`` on the blocks of every model in ``module``, and on the models; return the paths of the units.
+
+    Args:
+        module: the LightningModule. What it shards itself is left as it is.
+        policy: as for :func:`blocks_of`.
+        options: arguments of ``fully_shard``.
+
+    Raises:
+        ConfigError: a trained parameter belongs to ``module`` directly, where nothing gathers it.
+    """
+    if any(isinstance(inner, FSDPModule) for inner in module.modules()):
+        return []
+    loose = [name for name, parameter in module.named_parameters(recurse=False) if parameter.requires_grad]
+    if loose:
+        raise ConfigError(
+            f"{type(module).__name__} holds the trained parameters {loose} itself, and no forward of a module gathers them or reduces "
+            "their gradients; put them into a module with a forward"
+        )
+    units: list[str] = []
+    roots = set(map(id, adapted_roots(module)))
+    for name, child in module.named_children():
+        if next(child.parameters(), None) is None:
+            continue
+        for path, block in (blocks_of(child, policy) if policy is not None or _holds(child, roots) else {}).items():
+            fully_shard(block, **options)
+            units.append(f"{name}.{path}")
+        fully_shard(child, **options)
+        units.append(name)
+    return units
+
+
+def _holds(module: nn.Module, roots: set[int]) -> bool:
+    return any(id(inner) in roots for inner in module.modules())
+
+
+def refuse_unshardable(module: nn.Module) -> None:
+    """Refuse what FSDP2 shards wrongly or not at all, by name.
+
+    Raises:
+        ConfigError: a parameter has no dimension; or a quantised weight is stored as another dtype than uint8 or that of the run.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(f"{name!r} is a scalar, which FSDP2 does not shard; give it the shape (1,)")
+        if getattr(parameter, "quant_state", None) is not None and parameter.dtype not in (torch.uint8, torch.bfloat16):
+            raise ConfigError(
+                f"{name!r} is quantised and stored as {parameter.dtype}; under FSDP2 and mixed precision such storage is rounded and the weights "
+                "are silently wrong. Load it with quant_storage uint8"
+            )
+
+
+def checkpoint_activations(module: nn.Module, policy: Iterable[str] | None) -> None:
+    """Have the blocks of every adapted model in ``module`` keep their inputs only, and run their forward again in backward."""
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
+    roots = set(map(id, adapted_roots(module)))
+    for child in module.children():
+        if policy is not None or _holds(child, roots):
+            for block in blocks_of(child, policy).values():
+                checkpoint(block)

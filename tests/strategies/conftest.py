@@ -1,0 +1,124 @@
+"""Runs of a Trainer with any strategy, whose processes are forked: a run of two takes about a second."""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_peft import AdapterCheckpoint, LoRA, PEFTModule
+from lightning_peft.strategies.ddp import PEFTDDPStrategy
+from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
+from lightning_peft.testing import tiny_llama, token_batch
+
+STRATEGIES = {
+    "single": lambda: "auto",
+    "ddp": lambda: PEFTDDPStrategy(start_method="fork"),
+    "fsdp": lambda: PEFTFSDPStrategy(start_method="fork"),
+    "fsdp folder": lambda: PEFTFSDPStrategy(start_method="fork", save_distributed_checkpoint=True),
+}
+
+
+class InTurn(Sampler):
+    """Rows r, r + world, ... to rank r, in order: the batches of all ranks are those of one process."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return iter(range(rank, self.rows, world))
+
+    def __len__(self):
+        return self.rows // (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+class Losses(Callback):
+    """Writes the mean of the losses of all processes, for each batch."""
+
+    def __init__(self, path):
+        self.path, self.losses = path, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        loss = outputs["loss"].detach().clone() * trainer.accumulate_grad_batches
+        self.losses.append(float(trainer.strategy.reduce(loss)))
+
+    def on_train_end(self, trainer, module):
+        if trainer.is_global_zero:
+            self.path.write_text(json.dumps(self.losses))
+
+
+@dataclass
+class Run:
+    """What a run was and gave."""
+
+    losses: list[float] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    module: Any = None
+    trainer: Any = None
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that trains and returns what came of it."""
+    count = [0]
+
+    def fit(
+        strategy="single",
+        *,
+        method=None,
+        model=tiny_llama,
+        devices=None,
+        steps=4,
+        module=None,
+        rows=8,
+        batches=8,
+        resume=None,
+        callbacks=(),
+        save=None,
+        fields=None,
+        lr=1e-2,
+        **trainer_fields,
+    ):
+        chosen = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+        devices = devices or (1 if strategy == "single" else 2)
+        seed_everything(0)
+        if module is None:
+            module = PEFTModule(
+                model(),
+                method or LoRA(rank=4, init="gaussian"),
+                optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
+                **(fields or {}),
+            )
+        data = [
+            {**{key: value[row] for key, value in batch.items()}, "labels": batch["input_ids"][row]}
+            for batch in (token_batch(seed=number, rows=rows) for number in range(batches))
+            for row in range(rows)
+        ]
+        loader = DataLoader(data, batch_size=rows // devices, sampler=InTurn(len(data)))
+        count[0] += 1
+        losses = tmp_path / f"losses{count[0]}.json"
+        used = [Losses(losses), *callbacks]
+        if save is not None:
+            used.append(AdapterCheckpoint(dirpath=save, filename="run", every_n_train_steps=steps, save_top_k=-1))
+        trainer = Trainer(
+            **{
+                "accelerator": "cpu", "devices": devices, "strategy": chosen, "max_steps": steps, "logger": False, "callbacks": used,
+                "enable_checkpointing": save is not None, "enable_progress_bar": False, "enable_model_summary": False,
+                "use_distributed_sampler": False, **trainer_fields,
+            }
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside the threads of a test runner
+            warnings.filterwarnings("ignore", message=".*os.fork.*")
+            trainer.fit(module, loader, ckpt_path=resume)
+        state = {key: value.clone() for key, value in module.state_dict().items()} if module.model is not None else {}
+        return Run(json.loads(Path(losses).read_text()), state, module, trainer)
+
+    return fit
