@@ -30,7 +30,7 @@ def growth(act):
     def watch():
         while not done.is_set():
             highest[0] = max(highest[0], resident())
-            time.sleep(0.0005)
+            time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -72,9 +72,9 @@ def write(folder, model, **options):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from Linux")
 def test_a_folder_of_many_shards_is_merged_in_the_memory_of_about_one(tmp_path):
     write(tmp_path / "small", tiny_llama())
-    wide = tiny_llama(num_hidden_layers=8, hidden_size=768, intermediate_size=2048).to(torch.bfloat16)
+    wide = tiny_llama(num_hidden_layers=6, hidden_size=768, intermediate_size=2048).to(torch.bfloat16)
     shards = write(tmp_path / "large", wide, max_shard_size="20MB")
-    assert len(shards) > 5
+    assert len(shards) > 3
     # Every large tensor in memory of its own, which goes back to the system when the tensor is freed.
     environment = ["MALLOC_MMAP_THRESHOLD_=65536", "MALLOC_ARENA_MAX=1", "OMP_NUM_THREADS=1"]
     command = ["env", *environment, sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
