@@ -147,6 +147,35 @@ def test_what_transformers_saves_of_a_model_with_an_adapter_is_read(prefixed, tm
     assert [n for n, kind in get_registry().adapter_formats.items() if kind().reads(tmp_path)] == [other]
 
 
+RULES = {
+    "a layer": {"layers_to_transform": [0]},
+    "a layer by its number": {"layers_to_transform": 1},
+    "no list of layers": {"layers_to_transform": []},
+    "a layer of a stack": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "a layer of one of two stacks": {"layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+    "excluded by name": {"exclude_modules": ["v_proj"]},
+    "excluded by path": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "excluded in a layer": {"exclude_modules": ["v_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_modules_that_hf_peft_adapts_under_a_rule_are_read_and_no_others(rule, theirs, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", **RULES[rule])
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    shake(model, "lora_")
+    model.save_pretrained(tmp_path / "theirs")
+    ours = tiny_llama()
+    injection = load_adapter(ours, tmp_path / "theirs")
+    assert injection.paths
+    assert relative(logits(ours), logits(model)) <= 1e-5
+    whole = shutil.copytree(theirs[0], tmp_path / "whole")  # tensors of all layers, of which HF PEFT takes some
+    shutil.copy(tmp_path / "theirs" / HF_CONFIG, whole)
+    if len(injection.paths) < 4:
+        with pytest.raises(AdapterMismatchError, match="do not agree.*Modules without tensors: .. .0.; tensors for other"):
+            load_adapter(tiny_llama(), whole)
+
+
 def test_hf_peft_itself_reads_its_folder_without_the_prefix_as_the_base(theirs, tmp_path):
     """Why the layout of transformers is a format of its own: there the adapter is lost with a warning only."""
     shutil.copytree(theirs[0], tmp_path / "bare")
