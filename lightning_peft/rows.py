@@ -257,6 +257,19 @@ class _Left:
 _left = _Left()
 
 
+def refuse_in_rows(model: nn.Module, name: str | None, what: str) -> None:
+    """Refuse a change inside a block of :func:`adapter_rows`, to one of whose rows the adapter ``name`` belongs; None stands for any block.
+
+    Raises:
+        InjectionError: the model is in such a block.
+    """
+    for layer in adapter_layers(model).values():
+        if isinstance(layer._rows, RowPlan) and (name is None or any(name in row for row in layer._rows.rows)):
+            raise InjectionError(
+                f"{what} inside a block of adapter_rows, whose rows would have other adapters than those named; leave the block first"
+            )
+
+
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
