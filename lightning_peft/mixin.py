@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
-from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_schedule
+from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_scales, take_schedule
 from lightning_peft.checkpoint_size import with_shared_names, with_shared_scalars
 from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning, MergeError
 from lightning_peft.injection import adapted_roots
@@ -216,6 +216,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         self._fit_to(checkpoint)
         take_schedule(checkpoint, self)
         check_manifest(checkpoint, self, self.state_dict(), check_base=self.check_base)
+        take_scales(checkpoint, self)
         super().on_load_checkpoint(checkpoint)
 
     def _fit_to(self, checkpoint: Mapping[str, Any]) -> None:

@@ -161,12 +161,17 @@ def test_zero_is_the_base_and_switching_keeps_the_factor():
     assert torch.equal(logits(model), base)
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 10**400, "1", True, None])
 def test_what_is_no_finite_number_is_refused_and_nothing_changes(factor):
     model = two()
     with pytest.raises(ConfigError, match="must be a finite number, got"):
         scale_adapters(model, {"a": 0.5, "b": factor})
     assert adapter_scale(model, "a") == 1.0
+
+
+def test_names_alone_are_no_factors():
+    with pytest.raises(ConfigError, match=r"needs a mapping such as \{'a': 0.5\}, got \['a'\]"):
+        scale_adapters(two(), ["a"])
 
 
 @pytest.mark.parametrize("method", [DoRA(rank=2), NormTuning()])
