@@ -287,7 +287,7 @@ class AdapterLayer(nn.Module):
     def _restore(self, originals: Mapping[str, Tensor]) -> None:
         for key, value in originals.items():
             parameter = self.base_layer.get_parameter(key)
-            parameter.data = value.to(parameter.device)
+            parameter.data = value.to(parameter)  # the model may have moved, or been cast, since
 
     # -- looking like the base -------------------------------------------------------------------------------------
 
