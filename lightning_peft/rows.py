@@ -26,6 +26,7 @@ from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, adapted_roots, records
 from lightning_peft.interfaces import Adapter
+from lightning_peft.offloading import fetch_offloaded, reach_offloaded
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
 from lightning_peft.saved_modules import acts_alone
 
@@ -61,6 +62,7 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
     """
     layers = adapter_layers(model)
     rows = _checked(model, names, layers)
+    reach_offloaded(model, dict.fromkeys(name for row in rows for name in row))
     plan = RowPlan(rows, {id(layer): path for path, layer in layers.items()})
     outer = {path: layer._rows for path, layer in layers.items()}
     for layer in layers.values():
@@ -86,6 +88,7 @@ def set_row_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     layers = adapter_layers(model)
     _check_names(model, names, layers)
+    fetch_offloaded(model, names)
     for layer in layers.values():
         layer.train_in_rows(names)
 
