@@ -9,7 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_peft import LoRA, adapter_state_dict, get_registry, inject, load_adapter, save_adapter
+from lightning_peft import (
+    AdaLoRA,
+    DoRA,
+    LoftQ,
+    LoRA,
+    NormTuning,
+    VeRA,
+    adapter_state_dict,
+    get_registry,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lightning_peft.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError
 from lightning_peft.interfaces import HF_PREFIX
@@ -188,14 +200,37 @@ def test_hf_peft_itself_reads_its_folder_without_the_prefix_as_the_base(theirs, 
     assert relative(logits(again), theirs[1]) <= 1e-5
 
 
-def test_transformers_reads_our_folder(tmp_path):
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("method", [LoRA(rank=4, alpha=6), AdaLoRA(), NormTuning()], ids=lambda method: method.name)
+def test_transformers_reads_our_folder(method, tmp_path):
+    assert method.transformers_loads
     model = tiny_llama()
-    inject(model, LoRA(rank=4, alpha=6), TARGETS)
-    shake(model, "lora_")
+    inject(model, method, None if method.name == "norm_tuning" else TARGETS)
+    shake(model, "adapters.")
     save_adapter(model, tmp_path)
     again = tiny_llama()
     again.load_adapter(str(tmp_path))
     assert relative(logits(again), logits(model)) <= 1e-5
+    assert "With transformers:" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", [DoRA(rank=4), VeRA(rank=4), LoftQ(rank=4)], ids=lambda method: method.name)
+def test_a_page_shows_no_code_that_would_load_something_else(method, tmp_path):
+    model = tiny_llama()
+    inject(model, method, TARGETS)
+    shake(model, "adapters.")
+    save_adapter(model, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "With transformers:" not in page
+    assert ("With HF PEFT:" in page) == (not method.exact_packed_base)
+    again = tiny_llama()
+    try:
+        again.load_adapter(str(tmp_path))
+    except ValueError as error:
+        assert "does not support PeftType.VERA" in str(error)
+    else:
+        assert relative(logits(again), logits(model)) > 1e-3
 
 
 # -- there and back ----------------------------------------------------------------------------------------------------
