@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import LoRA, active_adapters, adapter_layers, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_peft import (
+    FullFineTuning,
+    LoRA,
+    active_adapters,
+    adapter_layers,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, WEIGHTS, read_adapter
 from lightning_peft.errors import (
     AdapterConfigError,
@@ -331,3 +340,12 @@ def test_an_adapter_saved_from_a_merged_model_still_fits_its_base(saved, tmp_pat
     again = net()
     load_adapter(again, tmp_path / "merged")
     assert torch.allclose(again(X), out, atol=1e-6)
+
+
+def test_an_adapter_that_hf_peft_does_not_know_leaves_none_of_its_configuration(saved):
+    _, folder = saved
+    model = net()
+    inject(model, FullFineTuning(), ["0"])
+    save_adapter(model, folder)
+    assert HF_CONFIG not in os.listdir(folder)
+    load_adapter(net(), folder)

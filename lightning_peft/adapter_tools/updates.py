@@ -21,6 +21,7 @@ from lightning_peft.adapter_files import WEIGHTS, AdapterFolder, read_adapter
 from lightning_peft.adapter_layer import adapter_layers, adapters_named
 from lightning_peft.arithmetic.low_rank import BiasAdapter, LowRankAdapter
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
+from lightning_peft.composition import stored_scale
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Target
@@ -179,7 +180,7 @@ def _paired(state: Mapping[str, Tensor], scaling: float, transposed: bool) -> tu
 
 
 def updates_from(folder: AdapterFolder) -> Updates:
-    """Return the updates of a folder, which must be one of LoRA for HF PEFT."""
+    """Return the updates of a folder, which must be one of LoRA for HF PEFT, as strong as its factor beside it says."""
     hf, what = folder.hf or {}, repr(str(folder.path))
     plain = hf.get("peft_type") == "LORA" and not hf.get("use_dora") and not folder.method.exact_packed_base
     if not plain:
@@ -196,6 +197,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
             raise ConfigError(f"{what} holds {meaning} ({key}), which cannot be read without the model; load it there")
     lora, scalings = low_rank_method().from_hf_config({k: v for k, v in hf.items() if k != "modules_to_save"}), {}
     places: dict[str, dict[str, Tensor]] = {}
+    scale = stored_scale(folder.path)
     for stored, tensor in folder.tensors.items():
         name = stored.removeprefix(folder.method.hf_prefix)
         found = re.match(r"(.+?)\.((?:base_layer\.\w+\.)?(?:lora_A\.weight|lora_B\.weight|lora_embedding_[AB]))$", name)
@@ -206,7 +208,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
         places.setdefault(found[1], {})[found[2]] = tensor
     pairs = {}
     for path in sorted(places, key=_natural):
-        scalings[path] = _at(lora, path).scaling
+        scalings[path] = _at(lora, path).scaling * scale
         pairs[path], rest = _paired(places[path], scalings[path], bool(hf.get("fan_in_fan_out")))
         _check_pairs(folder, path, pairs[path], rest)
     if not pairs:
