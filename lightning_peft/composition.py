@@ -254,13 +254,20 @@ def load_adapters(
     return loaded
 
 
-def stored_scale(path: str | Path) -> float:
-    """Return the factor that a folder holds beside the adapter ``default`` in it; 1.0 where it holds none."""
+def stored_scales(path: str | Path) -> dict[str, float]:
+    """Return the factors that a folder holds beside its adapters, by name, of those that are scaled.
+
+    Raises:
+        AdapterFileError: the file beside them cannot be read, or has a factor that is not a finite number.
+    """
     folder = Path(path)
-    factor = _index(folder)[2].get("default", 1.0) if holds_several(folder) else 1.0
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
-        raise AdapterFileError(f"{str(folder / INDEX)!r}: the scale of 'default' must be a finite number, found {factor!r}")
-    return factor
+    scales = _index(folder)[2] if holds_several(folder) else {}
+    for name, factor in scales.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+            raise AdapterFileError(
+                f"{str(folder / INDEX)!r}: the scale of {name!r} must be a finite number, found {factor!r}"
+            )
+    return scales
 
 
 def holds_several(path: str | Path) -> bool:

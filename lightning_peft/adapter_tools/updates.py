@@ -21,7 +21,7 @@ from lightning_peft.adapter_files import WEIGHTS, AdapterFolder, read_adapter
 from lightning_peft.adapter_layer import adapter_layers, adapters_named
 from lightning_peft.arithmetic.low_rank import BiasAdapter, LowRankAdapter
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
-from lightning_peft.composition import stored_scale
+from lightning_peft.composition import stored_scales
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import Target
@@ -197,7 +197,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
             raise ConfigError(f"{what} holds {meaning} ({key}), which cannot be read without the model; load it there")
     lora, scalings = low_rank_method().from_hf_config({k: v for k, v in hf.items() if k != "modules_to_save"}), {}
     places: dict[str, dict[str, Tensor]] = {}
-    scale = stored_scale(folder.path)
+    scale = stored_scales(folder.path).get("default", 1.0)
     for stored, tensor in folder.tensors.items():
         name = stored.removeprefix(folder.method.hf_prefix)
         found = re.match(r"(.+?)\.((?:base_layer\.\w+\.)?(?:lora_A\.weight|lora_B\.weight|lora_embedding_[AB]))$", name)
