@@ -19,6 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
 from lightning_peft.adapter_files import write_file
+from lightning_peft.errors import AdapterFileError
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -44,3 +45,27 @@ class DurableCheckpointIO(TorchCheckpointIO):
         target = Path(place)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_file(target, buffer.getbuffer())
+
+    @override
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read the checkpoint at ``path``.
+
+        Raises:
+            AdapterFileError: it is a folder, or a damaged file.
+            FileNotFoundError: there is none.
+        """
+        files, place = fsspec.core.url_to_fs(str(path))
+        if files.isdir(place):
+            raise AdapterFileError(
+                f"{str(path)!r} is a folder, and a run resumes from a .ckpt file; an adapter folder has one of its name beside it, and to start "
+                "anew from it: PEFTModule(base, adapter=...)"
+            )
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, OSError) and (error.filename is not None or not files.exists(place)):
+                raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise AdapterFileError(
+                f"{str(path)!r} cannot be read as a checkpoint; it may be cut short or damaged: {reason}"
+            ) from error
