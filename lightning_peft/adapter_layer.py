@@ -365,7 +365,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of all adapters in ``model``, in the order they were added."""
+    """Return the names of all adapters in ``model``, place by place, at each in the order they were added."""
     return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.adapters))
 
 

@@ -205,7 +205,9 @@ def save_adapters(
     for name in names:
         write_adapter(model, _folder_of(folder, name), name, facts, fingerprint)
     scales = {name: scale for name in names if (scale := adapter_scale(model, name)) != 1.0}
-    if names != ["default"] or scales or inner_adapters(folder):  # without the file those of an earlier save would count
+    if (
+        names != ["default"] or scales or inner_adapters(folder)
+    ):  # without the file those of an earlier save would count
         active = [name for name in active_adapters(model) if name in names]
         content = {"format_version": _SCALED if scales else _VERSION, "adapters": names, "active": active}
         content |= {"scales": scales} if scales else {}

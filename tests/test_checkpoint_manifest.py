@@ -161,7 +161,9 @@ def test_of_long_lists_of_places_the_difference_is_named(make_trainer, tmp_path)
     trainer = make_trainer(tmp_path, max_epochs=1)
     trainer.fit(first, loader())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointMismatchError, match=r"only the checkpoint has \['0'\] \(1\), only the module \['8'\] \(1\)"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"only the checkpoint has \['0'\] \(1\), only the module \['8'\] \(1\)"
+    ):
         make_trainer(tmp_path, max_epochs=2).fit(deep(*"1234568"), loader(), ckpt_path=tmp_path / "x.ckpt")
 
 

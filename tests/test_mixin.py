@@ -146,7 +146,9 @@ def test_what_is_merged_is_not_trained_and_a_fit_of_nothing_else_is_refused(conf
     make_trainer(tmp_path, max_epochs=1).fit(configured, DataLoader(X, batch_size=4))
     assert not torch.equal(configured.head.weight, head)
     configured.head.requires_grad_(False)
-    with pytest.raises(MergeError, match="'default' is merged into the base and would not be trained, and nothing else"):
+    with pytest.raises(
+        MergeError, match="'default' is merged into the base and would not be trained, and nothing else"
+    ):
         make_trainer(tmp_path, max_epochs=1).fit(configured, DataLoader(X, batch_size=4))
 
 

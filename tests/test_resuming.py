@@ -383,7 +383,9 @@ class Noisy(Dataset):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize(("every", "match"), [(4, "DataLoader did not give .* are persistent and"), (6, "in workers, this run")])
+@pytest.mark.parametrize(
+    ("every", "match"), [(4, "DataLoader did not give .* are persistent and"), (6, "in workers, this run")]
+)
 def test_workers_that_outlive_their_epoch_are_named_once(every, match, fit, tmp_path):
     def loader(rows, **_):
         return DataLoader(Noisy(), batch_size=2, num_workers=1, persistent_workers=True)

@@ -159,5 +159,7 @@ def test_rows_keep_the_adapters_they_name_until_the_block_is_left(what: str) -> 
 @pytest.mark.parametrize("column", [True, False])
 def test_a_batch_in_which_no_row_names_an_adapter_is_refused_in_training(column, make_trainer, tmp_path):
     data = [{key: "" if key == "adapter" else row[key] for key in row if column or key != "adapter"} for row in rows()]
-    with pytest.raises(ConfigError, match="in the column 'adapter', and batch 0 names none: it has the keys .*'input_ids'"):
+    with pytest.raises(
+        ConfigError, match="in the column 'adapter', and batch 0 names none: it has the keys .*'input_ids'"
+    ):
         make_trainer(tmp_path, max_steps=1).fit(by_rows(), DataLoader(data, batch_size=6))

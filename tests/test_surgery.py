@@ -276,6 +276,13 @@ def test_an_adapter_of_a_part_is_not_saved_through_the_whole(tmp_path):
         save_adapter(model, tmp_path)
 
 
+def test_an_adapter_of_the_whole_is_not_saved_through_a_part(tmp_path):
+    model = nn.ModuleDict({"net": Net()})
+    inject(model, LoRA(rank=2), "net.head")
+    with pytest.raises(AdapterNotFoundError, match="into a model that this is a part of: hand over that model"):
+        save_adapter(model["net"], tmp_path)
+
+
 def test_adapters_are_injected_on_the_meta_device_and_materialised_after_the_base():
     with torch.device("meta"):
         model = Net()

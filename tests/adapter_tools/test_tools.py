@@ -252,7 +252,9 @@ def test_values_that_are_not_finite_are_refused_with_their_place(tool):
     for name in ("a", "b"):
         inject(model, LoRA(rank=2), ["0", "1"], name=name)
     model[1].adapters["a"].lora_A.data[0, 0] = float("nan")
-    with pytest.raises(ConfigError, match=r"adapter 'a' has values at '1' that are not finite|change of 1.weight is non-finite"):
+    with pytest.raises(
+        ConfigError, match=r"adapter 'a' has values at '1' that are not finite|change of 1.weight is non-finite"
+    ):
         TOOLS[tool](model)
     assert adapter_names(model) == ["a", "b"]
     assert active_adapters(model) == ["b"]

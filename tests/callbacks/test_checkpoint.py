@@ -307,7 +307,9 @@ def test_a_checkpoint_that_is_cut_short_is_named(length, tmp_path):
     io = DurableCheckpointIO()
     io.save_checkpoint({"tensor": torch.zeros(9000)}, file)
     os.truncate(file, length)
-    with pytest.raises(AdapterFileError, match=r"x.ckpt' cannot be read as a checkpoint; it may be cut short or damaged"):
+    with pytest.raises(
+        AdapterFileError, match=r"x.ckpt' cannot be read as a checkpoint; it may be cut short or damaged"
+    ):
         io.load_checkpoint(file, weights_only=True)
     with pytest.raises(AdapterFileError, match=r"x.ckpt' cannot be read as a file of tensors"):
         read_saved(file)

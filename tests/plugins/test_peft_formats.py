@@ -184,7 +184,9 @@ def test_the_modules_that_hf_peft_adapts_under_a_rule_are_read_and_no_others(rul
     whole = shutil.copytree(theirs[0], tmp_path / "whole")  # tensors of all layers, of which HF PEFT takes some
     shutil.copy(tmp_path / "theirs" / HF_CONFIG, whole)
     if len(injection.paths) < 4:
-        with pytest.raises(AdapterMismatchError, match="do not agree.*Modules without tensors: .. .0.; tensors for other"):
+        with pytest.raises(
+            AdapterMismatchError, match="do not agree.*Modules without tensors: .. .0.; tensors for other"
+        ):
             load_adapter(tiny_llama(), whole)
 
 
