@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import LoRA, PEFTModule, adapter_scale, list_adapters, save_adapter, scale_adapters
+from lightning_peft import LoRA, PEFTModule, adapter_scale, save_adapter, scale_adapters
 from lightning_peft.checkpoint_manifest import MANIFEST
 from lightning_peft.errors import CheckpointMismatchError, ConfigError
 from lightning_peft.injection import record

@@ -227,11 +227,11 @@ def test_a_page_shows_no_code_that_would_load_something_else(method, tmp_path):
     assert "With transformers:" not in page
     assert ("With HF PEFT:" in page) == (not method.exact_packed_base)
     again = tiny_llama()
-    try:
-        again.load_adapter(str(tmp_path))
-    except ValueError as error:
-        assert "does not support PeftType.VERA" in str(error)
+    if method.name == "vera":
+        with pytest.raises(ValueError, match="does not support PeftType.VERA"):
+            again.load_adapter(str(tmp_path))
     else:
+        again.load_adapter(str(tmp_path))
         assert relative(logits(again), logits(model)) > 1e-3
 
 
