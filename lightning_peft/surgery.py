@@ -160,8 +160,11 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         freeze(model)
     bare = any(not isinstance(module, AdapterLayer) for module, _ in made)
     parents = parents_of(model) if bare else {}
+    before = adapter_layers(model).values()
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
+        if before and not any(other._enabled for other in before):  # in a block of adapters_disabled
+            layer.enable(False)
         layer.add(name, adapter, trainable=trainable)
     _keep_torch_encoders_calling(model)
     records(model)[name] = injection
