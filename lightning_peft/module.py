@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
+from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.batch_parts import (
     MeanPerplexity,
     field_of,
@@ -253,8 +254,18 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch and log it as ``train_loss``."""
+        """Return the loss of a batch and log it as ``train_loss``.
+
+        Raises:
+            ConfigError: with ``by_rows``, no row of the batch names an adapter, so that there is nothing to train.
+        """
         loss = self.compute_loss(self.predict_outputs(batch), batch)
+        if self.by_rows and torch.is_grad_enabled() and not loss.requires_grad:
+            found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ConfigError(
+                f"by_rows=True trains adapters on the rows that name them in the column {ADAPTER_COLUMN!r}, and batch {batch_idx} names none: it has "
+                f"{found}; name an adapter for one of its rows at least"
+            )
         self.log("train_loss", loss, prog_bar=True, batch_size=rows_of(batch))
         return loss
 

@@ -177,16 +177,29 @@ class ExactResume(_Host):
             )
             position.start_again(self.trainer, *begun)
             self._epoch_start = {"fit": start["fit"], "epoch": begun[0], "generators": begun[1]}
+        persistent = _names([loader for loader in loaders if position.keeps_its_workers(loader)])
         if not self._resume_within_epoch:
+            if persistent:
+                self._warn(
+                    f"the workers of {persistent} are persistent (persistent_workers=True): in the run that was not interrupted they go on with the "
+                    "random numbers of the epoch before, which a checkpoint cannot hold; if the data draws random numbers in workers, this run "
+                    "does not resume exactly. Set persistent_workers=False"
+                )
             return
         self._hush()
         batch, drew = position.skip_batches(self.trainer, position.batches_done(self.trainer))
         known, here = stored["sample"], [] if batch is None else position.sample_of(position.as_trained(self, batch))
         if not drew and not position.same_samples(known, here):
+            cause = (
+                f"as the workers of {persistent} are persistent and went on with random numbers of the epochs before; this run does not resume "
+                "exactly. Set persistent_workers=False, or take a"
+                if persistent and start["epoch"] is not None
+                else "as its order does not come from the random numbers of python, numpy or torch nor from the generator of the loader or its "
+                "sampler; this run does not resume exactly. Take a"
+            )
             self._warn(
-                f"{_names(loaders)} did not give the batches again that it gave before the checkpoint, as its order does not come from the random "
-                "numbers of python, numpy or torch nor from the generator of the loader or its sampler; this run does not resume exactly. Take a "
-                "loader with state_dict and load_state_dict, such as torchdata's StatefulDataLoader or ResumableDataLoader"
+                f"{_names(loaders)} did not give the batches again that it gave before the checkpoint, {cause} loader with state_dict and "
+                "load_state_dict, such as torchdata's StatefulDataLoader or ResumableDataLoader"
             )
         set_random_state(state)
         position.set_generator_states(self.trainer, stored["generators"])

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import Adaptation, DoRA, LoRA, PEFTMixin, PEFTModule, inject, set_active_adapters, set_row_adapters
-from lightning_peft.testing.subject import distance
+from lightning_peft import (
+    Adaptation,
+    DoRA,
+    LoRA,
+    PEFTMixin,
+    PEFTModule,
+    adapter_rows,
+    delete_adapter,
+    inject,
+    merge_adapters,
+    rename_adapter,
+    set_active_adapters,
+    set_row_adapters,
+    unload_adapters,
+)
+from lightning_peft.errors import ConfigError, InjectionError
+from lightning_peft.testing.subject import adapter_parameters, distance
 from lightning_peft.testing.toys import tiny_llama, token_batch
 
 ROWS = ["a", "", "b", "a", "b", ""]
@@ -108,3 +125,41 @@ def test_a_training_step_of_its_own_takes_the_column_too(make_trainer, tmp_path)
     after = trained(module)
     for name in "ab":
         assert any(not torch.equal(after[key], before[key]) for key in after if f".adapters.{name}." in key)
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "adapter 'a' cannot be deleted": lambda model: delete_adapter(model, "a"),
+    "adapter 'a' cannot be renamed": lambda model: rename_adapter(model, "a", "c"),
+    "adapter 'a' cannot be merged": lambda model: merge_adapters(model, "a"),
+    "adapter 'c' cannot go in": lambda model: inject(model, LoRA(rank=1), ["output"], name="c"),
+    "adapters cannot be unloaded": unload_adapters,
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_rows_keep_the_adapters_they_name_until_the_block_is_left(what: str) -> None:
+    model = tiny_llama()
+    for name in "ab":
+        inject(model, LoRA(rank=2), ["query"], name=name)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = token_batch(rows=2)
+    with adapter_rows(model, ["a", None]):
+        before = model(**batch).logits
+    with adapter_rows(model, ["a", None]):
+        with pytest.raises(InjectionError, match=f"{what} inside a block of adapter_rows.*leave the block first"):
+            CHANGES[what](model)
+        assert torch.equal(model(**batch).logits, before)
+        delete_adapter(model, "b")  # of which no row has heard
+        assert torch.equal(model(**batch).logits, before)
+    CHANGES[what](model)
+
+
+@pytest.mark.parametrize("column", [True, False])
+def test_a_batch_in_which_no_row_names_an_adapter_is_refused_in_training(column, make_trainer, tmp_path):
+    data = [{key: "" if key == "adapter" else row[key] for key in row if column or key != "adapter"} for row in rows()]
+    with pytest.raises(
+        ConfigError, match="in the column 'adapter', and batch 0 names none: it has the keys .*'input_ids'"
+    ):
+        make_trainer(tmp_path, max_steps=1).fit(by_rows(), DataLoader(data, batch_size=6))
