@@ -9,7 +9,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_peft import Adaptation, DoRA, LoRA, PEFTMixin, PEFTModule, inject, set_active_adapters, set_row_adapters
+from lightning_peft import (
+    Adaptation,
+    DoRA,
+    LoRA,
+    PEFTMixin,
+    PEFTModule,
+    adapter_rows,
+    inject,
+    set_active_adapters,
+    set_row_adapters,
+)
+from lightning_peft.arithmetic import low_rank_rows
 from lightning_peft.testing.subject import distance
 from lightning_peft.testing.toys import tiny_llama, token_batch
 
@@ -108,3 +119,31 @@ def test_a_training_step_of_its_own_takes_the_column_too(make_trainer, tmp_path)
     after = trained(module)
     for name in "ab":
         assert any(not torch.equal(after[key], before[key]) for key in after if f".adapters.{name}." in key)
+
+
+def test_ranks_that_differ_much_are_multiplied_apart(monkeypatch):
+    """Padded to one rank or not, with rows of the base among them: the same outputs and gradients."""
+    names = ["a", "a", None, "b", "b", "c", None]
+
+    def run(limit: int) -> tuple[Tensor, dict[str, Tensor]]:
+        monkeypatch.setattr(low_rank_rows, "_RUN", limit)
+        model = tiny_llama(attention_bias=True).train()
+        torch.manual_seed(0)
+        for name, method in {"a": LoRA(rank=1), "b": LoRA(rank=16, bias="lora_only"), "c": LoRA(rank=16)}.items():
+            inject(model, method, name=name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1)
+        set_row_adapters(model, ["a", "b", "c"])
+        ids = token_batch(rows=len(names))["input_ids"]
+        with adapter_rows(model, names):
+            out = model(input_ids=ids, labels=ids)
+            out.loss.backward()
+        return out.logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    (padded, wanted), (apart, found) = run(10**12), run(-1)
+    assert distance(apart, padded) <= 1e-5
+    assert found.keys() == wanted.keys()
+    assert all(distance(found[key], value) <= 1e-5 for key, value in wanted.items())
+    assert not torch.equal(padded, apart)  # it did go another way
