@@ -102,6 +102,12 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.torchtune_format import TorchtuneFile as TorchtuneFile
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
+    from lightning_peft.population import Halving as Halving
+    from lightning_peft.population import Member as Member
+    from lightning_peft.population import MemberGrid as MemberGrid
+    from lightning_peft.population import MemberResult as MemberResult
+    from lightning_peft.population import PopulationCheckpoint as PopulationCheckpoint
+    from lightning_peft.population import PopulationModule as PopulationModule
     from lightning_peft.quantized_merging import MergeReport as MergeReport
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.routers import Assignment as Assignment
@@ -148,6 +154,7 @@ _HOME = {
     "ForeignAdapter": "adapter_formats",
     "FullFineTuning": "plugins.full",
     "Fused": "families",
+    "Halving": "population",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
@@ -160,6 +167,9 @@ _HOME = {
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "LoralibFile": "plugins.loralib_format",
+    "Member": "population",
+    "MemberGrid": "population",
+    "MemberResult": "population",
     "MergeAdapters": "callbacks",
     "MergeReport": "quantized_merging",
     "Method": "interfaces",
@@ -178,6 +188,8 @@ _HOME = {
     "Phase": "callbacks",
     "PhaseSchedule": "callbacks",
     "PiSSA": "plugins.pissa",
+    "PopulationCheckpoint": "population",
+    "PopulationModule": "population",
     "PrefixTuning": "plugins.prefix_tuning",
     "PromptTuning": "plugins.prompt_tuning",
     "QLoRA": "plugins.qlora",
