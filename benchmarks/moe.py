@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.moe.experts import ExpertWeights, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.routing import ExpertChoiceRouter, TopKRouter
 
 LIMITS = {8: 1.15, 32: 1.35}

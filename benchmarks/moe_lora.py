@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lightning_peft import LoRA, LoRAMixture, MixLoRA, inject
-from lightning_peft.moe.experts import ExpertWeights, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import run_experts
 
 
 def mlp(args):

@@ -165,7 +165,7 @@ class AdapterLayer(nn.Module):
 
     def route(self, rows: RowRunner | None) -> None:
         """Let ``rows`` decide which adapter acts on which row of the batch; None for the active ones on all."""
-        self._rows = rows
+        self.__dict__["_rows"] = rows  # past nn.Module, as every block of rows comes by here
 
     def train_in_rows(self, names: Sequence[str]) -> None:
         """Let the adapters among ``names`` that live here require gradients also while they are not active."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.adapter_layer import adapters_named
+from lightning_peft.adapter_layer import AdapterLayer, adapters_named
 from lightning_peft.errors import AdapterNotFoundError
 from lightning_peft.families import ModelFamily
 from lightning_peft.interfaces import Method, Target
@@ -68,4 +68,16 @@ def record(model: nn.Module, name: str) -> Injection:
 
 def adapted_roots(module: nn.Module) -> list[nn.Module]:
     """Return every module inside ``module`` (itself included) that :func:`inject` was called on and that holds adapters."""
-    return [inner for inner in module.modules() if inner.__dict__.get(_RECORDS)]
+    found: list[nn.Module] = []
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:  # in the order of ``modules()``, past the adapters, which hold none and may be hundreds
+        inner = waiting.pop()
+        if id(inner) in seen:
+            continue
+        seen.add(id(inner))
+        if inner.__dict__.get(_RECORDS):
+            found.append(inner)
+        children = (inner.base_layer,) if isinstance(inner, AdapterLayer) else tuple(inner._modules.values())
+        waiting += [child for child in reversed(children) if child is not None]
+    return found

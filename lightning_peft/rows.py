@@ -220,8 +220,9 @@ def _around(model: nn.Module, plan: RowPlan, layers: Mapping[str, AdapterLayer])
     used = {name for names in plan.rows for name in names}
     handing: dict[str, set[str]] = {}
     for path, layer in layers.items():
-        for name in used & layer.adapters.keys():
-            if layer._adapter(name).hands_on:
+        here = layer.adapters._modules
+        for name in used:
+            if name in here and here[name].hands_on:
                 handing.setdefault(path.rpartition(".")[0], set()).add(name)
     modules = {path: unwrapped(module) for path, module in base_modules(model)} if handing else {}
     before = {path: modules[path].__dict__.get("forward") for path in handing}
@@ -287,7 +288,7 @@ def _checked(model: nn.Module, names: Sequence[Row], layers: Mapping[str, Adapte
 
 
 def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> None:
-    present = {name for layer in layers.values() for name in layer.adapters}
+    present = {name for layer in layers.values() for name in layer.adapters._modules}
     merged = sorted({name for layer in layers.values() for name in layer.merged})
     if merged:
         raise MergeError(
@@ -304,7 +305,8 @@ def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, Ad
                 "(row_routable = False); make it the active adapter of a batch of its own"
             )
     for path, layer in layers.items():
-        here = [name for name in names if name in layer.adapters]
+        present_here = layer.adapters._modules
+        here = [name for name in names if name in present_here]
         if here and re.search(r"(^|\.)experts\.\d+(\.|$)", path):
             raise InjectionError(
                 f"adapter {here[0]!r} is at {path!r}, an expert that is given tokens of the whole batch in an order of its own, so rows "

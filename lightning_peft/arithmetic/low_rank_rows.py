@@ -151,13 +151,13 @@ def _stacked(base: Any, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype)
     """Return the matrices of all adapters, made when they change; None where the masked way is not open."""
     tensors: list[Tensor] = []
     for adapter in adapters:
-        if adapter.bias is not None or (adapter.dropout and adapter.training):
+        if (adapter.dropout and adapter.training) or adapter._parameters.get("bias") is not None:
             return None
         tensors += adapter.held_tensors()
-    if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
-        return None
     stack = _stacks.get(base)
     if stack is None or not stack.holds(adapters, dtype, tensors):
+        if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+            return None
         stack = _stacks[base] = _Stack(adapters, dtype, tensors)
     return stack if stack.usable else None
 

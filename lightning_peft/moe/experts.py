@@ -21,42 +21,23 @@ An expert without a token gets a gradient of zero, never None. Sums run in a fix
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.moe.between import Between
+from lightning_peft.moe.expert_weights import ExpertWeights, feed_forward
+from lightning_peft.moe.one_by_one import one_by_one
 from lightning_peft.moe.routing import Assignment
-from lightning_peft.moe.segments import compiled_segment_mm, segment_linear
+from lightning_peft.moe.segments import compiled_segment_mm
 
 Implementation = Literal["auto", "unbind", "grouped_mm"]
 """How the products of experts run."""
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """The weights of E experts, stacked; each expert's are (out, in), as in ``nn.Linear``."""
-
-    gate_up: Tensor
-    """(experts, 2 * ff, d), the gate above the up-projection; (experts, ff, d) where there is no gate."""
-    down: Tensor
-    """(experts, d, ff)."""
-    gate_up_bias: Tensor | None = None
-    """(experts, 2 * ff) or (experts, ff)."""
-    down_bias: Tensor | None = None
-    """(experts, d)."""
-    gated: bool = True
-    """Whether there is a gate."""
-
-    def to(self, dtype: torch.dtype) -> ExpertWeights:
-        """Return the weights in ``dtype``."""
-        up_bias = None if self.gate_up_bias is None else self.gate_up_bias.to(dtype)
-        down_bias = None if self.down_bias is None else self.down_bias.to(dtype)
-        return ExpertWeights(self.gate_up.to(dtype), self.down.to(dtype), up_bias, down_bias, self.gated)
 
 
 @dataclass(frozen=True)
@@ -162,6 +143,7 @@ def run_experts(
     weights: ExpertWeights,
     activation: Callable[[Tensor], Tensor],
     *,
+    dropout: float = 0.0,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Return what the experts make of each token.
@@ -172,7 +154,8 @@ def run_experts(
         x: the tokens (n, d).
         assignment: which token goes where.
         weights: the weights of the experts.
-        activation: elementwise, such as ``torch.nn.functional.silu``.
+        activation: elementwise and not random, such as ``torch.nn.functional.silu``.
+        dropout: probability with which a hidden feature is dropped.
         implementation: ``unbind``, ``grouped_mm``, or the better one for the device, dtype and shapes.
 
     Returns:
@@ -188,141 +171,13 @@ def run_experts(
     slots = SlotOrder.of(assignment)
     rows = slots.gather(x).to(dtype)  # (slots, d)
     weights = weights.to(dtype)
-    if chosen == "grouped_mm":
-        output = _feed_forward(
-            functools.partial(_grouped_mm, ends=slots.ends), rows, slots.experts, weights, activation
-        )
-    elif torch.compiler.is_compiling():  # lengths of segments that only the data tells stay out of the graph
-        output = _feed_forward(functools.partial(_compiled, ends=slots.ends), rows, slots.experts, weights, activation)
-    else:
-        output = _one_by_one(rows, slots, weights, activation)
+    between = Between(activation, weights.gated, dropout)
+    if chosen == "unbind" and not torch.compiler.is_compiling():
+        output = one_by_one(rows, slots.experts, slots.ends.tolist(), weights, between)
+    else:  # lengths of segments that only the data tells stay out of a compiled graph
+        product = functools.partial(_grouped_mm if chosen == "grouped_mm" else _compiled, ends=slots.ends)
+        output = feed_forward(product, rows, slots.experts, weights, between.dropped)
     return slots.combine(output, assignment.weights).to(x.dtype)
-
-
-def _feed_forward(
-    product: Callable[[Tensor, Tensor], Tensor],
-    rows: Tensor,
-    experts: Tensor,
-    weights: ExpertWeights,
-    activation: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Return what each row's expert makes of it; ``product`` multiplies rows with the (out, in) matrix of their expert, transposed."""
-    hidden = product(rows, weights.gate_up)
-    if weights.gate_up_bias is not None:
-        hidden = hidden + F.embedding(experts, weights.gate_up_bias)
-    hidden = _activate(hidden, weights.gated, activation)
-    output = product(hidden, weights.down)
-    return output if weights.down_bias is None else output + F.embedding(experts, weights.down_bias)
-
-
-def _one_by_one(
-    rows: Tensor, slots: SlotOrder, weights: ExpertWeights, activation: Callable[[Tensor], Tensor]
-) -> Tensor:
-    ends = slots.ends.tolist()
-    if isinstance(activation, nn.Module) and any(parameter.requires_grad for parameter in activation.parameters()):
-        return _feed_forward(functools.partial(segment_linear, ends=ends), rows, slots.experts, weights, activation)
-    plan = _Plan(ends, slots.experts, weights.gated, activation)
-    tensors = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
-    output: Tensor = _OneByOne.apply(plan, rows, *tensors)  # type: ignore[no-untyped-call]
-    return output
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What :class:`_OneByOne` does not differentiate."""
-
-    ends: list[int]
-    experts: Tensor
-    gated: bool
-    activation: Callable[[Tensor], Tensor]
-
-    def __iter__(self) -> Iterator[tuple[int, slice]]:
-        """Yield each expert and its rows."""
-        return enumerate(map(slice, [0, *self.ends[:-1]], self.ends))
-
-    def activate(self, hidden: Tensor) -> Tensor:
-        return _activate(hidden, self.gated, self.activation)
-
-
-class _OneByOne(torch.autograd.Function):
-    """The experts one after the other: what an expert needs stays in the cache, and nothing of the size of all slots but rows is made.
-
-    Kept for backward are the rows and what the activation reads; the activation itself is run again. The gradient of each expert is
-    written to its place among those of all.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, plan: _Plan, rows: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
-    ) -> Tensor:
-        result = rows.new_empty(len(rows), down.shape[1])
-        kept = []
-        for expert, part in plan:
-            hidden = _affine(rows[part], up[expert], up_bias, expert)
-            kept.append(hidden)
-            _affine(plan.activate(hidden), down[expert], down_bias, expert, out=result[part])
-        device = rows.device.type
-        ctx.plan = plan
-        ctx.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
-        ctx.autocast["enabled"] = torch.is_autocast_enabled(device)
-        ctx.save_for_backward(rows, up, down, up_bias, down_bias, *kept)
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        plan: _Plan = ctx.plan
-        rows, up, down, up_bias, down_bias, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted
-            return None, *_differentiable(
-                plan, ctx.needs_input_grad[1:], (rows, up, down, up_bias, down_bias), gradient
-            )
-        train_rows, train_up, train_down = ctx.needs_input_grad[1:4]
-        g_rows = torch.empty_like(rows) if train_rows else None
-        g_up, g_down = (torch.empty_like(w) if wanted else None for w, wanted in ((up, train_up), (down, train_down)))
-        g_up_bias, g_down_bias = (
-            None if bias is None or not wanted else torch.empty_like(bias)
-            for bias, wanted in zip((up_bias, down_bias), ctx.needs_input_grad[4:], strict=True)
-        )
-        for expert, part in plan:
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                hidden = kept[expert].detach().requires_grad_()
-                inner = plan.activate(hidden)
-            own = gradient[part]
-            if g_down is not None:
-                torch.mm(own.t(), inner.detach(), out=g_down[expert])
-            if g_down_bias is not None:
-                torch.sum(own, 0, out=g_down_bias[expert])
-            (g_hidden,) = torch.autograd.grad(inner, hidden, own @ down[expert])
-            if g_up is not None:
-                torch.mm(g_hidden.t(), rows[part], out=g_up[expert])
-            if g_up_bias is not None:
-                torch.sum(g_hidden, 0, out=g_up_bias[expert])
-            if g_rows is not None:
-                torch.mm(g_hidden, up[expert], out=g_rows[part])
-        return None, g_rows, g_up, g_down, g_up_bias, g_down_bias
-
-
-def _differentiable(
-    plan: _Plan, wanted: Sequence[bool], inputs: Sequence[Tensor | None], gradient: Tensor
-) -> list[Tensor | None]:
-    """Return the gradients of the experts as products that can be differentiated again."""
-    rows, up, down, up_bias, down_bias = inputs
-    assert rows is not None
-    assert up is not None
-    assert down is not None
-    weights = ExpertWeights(up, down, up_bias, down_bias, plan.gated)
-    product = functools.partial(segment_linear, ends=plan.ends)
-    output = _feed_forward(product, rows, plan.experts, weights, plan.activation)
-    leaves = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want and tensor is not None]
-    found = iter(torch.autograd.grad(output, leaves, gradient, create_graph=True))
-    return [next(found) if want and tensor is not None else None for tensor, want in zip(inputs, wanted, strict=True)]
-
-
-def _affine(rows: Tensor, weight: Tensor, biases: Tensor | None, expert: int, out: Tensor | None = None) -> Tensor:
-    if biases is None:
-        product: Tensor = torch.mm(rows, weight.t(), out=out)
-        return product
-    return torch.addmm(biases[expert], rows, weight.t(), out=out)
 
 
 def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -332,13 +187,6 @@ def _grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def _compiled(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     product: Tensor = compiled_segment_mm(rows, weights.transpose(1, 2), ends)
     return product
-
-
-def _activate(hidden: Tensor, gated: bool, activation: Callable[[Tensor], Tensor]) -> Tensor:
-    if not gated:
-        return activation(hidden)
-    gate, up = hidden.chunk(2, dim=-1)
-    return activation(gate) * up
 
 
 def _implementation(wanted: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights) -> str:

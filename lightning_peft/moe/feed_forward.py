@@ -16,7 +16,6 @@ A description is checked: the module, run on three random tokens, must give what
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import TargetError
@@ -268,15 +266,6 @@ def dense_tensors(
             else:
                 parts[part + suffix] = tensor
     return parts
-
-
-def with_dropout(activation: Callable[[Tensor], Tensor], p: float) -> Callable[[Tensor], Tensor]:
-    """Return ``activation`` with dropout behind it. What it drops of a gate it drops of the product."""
-    return functools.partial(_dropped, activation, p) if p else activation
-
-
-def _dropped(activation: Callable[[Tensor], Tensor], p: float, hidden: Tensor) -> Tensor:
-    return F.dropout(activation(hidden), p)
 
 
 def _common(one: str, other: str) -> str:

@@ -16,7 +16,7 @@ stays in the cache of a CPU.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Between = Callable[[Sequence[Tensor]], Tensor]
-"""From what the gate, if any, and the up-projection give to the hidden features."""
+from lightning_peft.moe.between import Between, autocast_of
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ class SegmentPlan:
     dropout: float
     """Probability of dropping a feature that C reads; 0 outside training."""
 
+    def room(self, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return a tensor for each of ``like`` with room for the rows of any expert."""
+        largest = max(map(sum, self.segments.sizes))
+        return [one.new_empty(largest, one.shape[1]) for one in like]
+
 
 def run_segments(
     plan: SegmentPlan, weights: Tensor, low: Tensor, down: Tensor, bases: Sequence[Tensor], ups: Sequence[Tensor]
@@ -101,21 +105,17 @@ class _Segments(torch.autograd.Function):
         bases, ups = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         thin = low.new_empty(len(low), down.shape[1])
         kept = _draw(plan, bases[0], len(low))
-        hidden: list[Tensor] = []  # of each choice (n, inner)
+        mixed, room = _Mixed(bases[0], weights), plan.room(bases)
         for expert, rows, by_choice in plan.segments:
             tokens = plan.segments.tokens[rows]
-            h = plan.between(_updated(plan, bases, ups, low, expert, rows, tokens))
-            hidden = hidden or [torch.empty_like(bases[0], dtype=h.dtype) for _ in by_choice]
-            for one, part in zip(hidden, by_choice, strict=True):
-                one.index_copy_(0, plan.segments.tokens[part], h[part.start - rows.start : part.stop - rows.start])
+            h = plan.between(_updated(plan, bases, ups, low, expert, rows, tokens, room))
             thin[rows] = _read(plan, h, kept, rows).to(thin.dtype) @ down[expert].t()
-        mixed = _average(hidden, weights) if hidden else bases[0].clone()
-        device = low.device.type
-        ctx.plan = plan
-        ctx.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device)}
-        ctx.autocast["enabled"] = torch.is_autocast_enabled(device)
+            for choice, part in enumerate(by_choice):
+                own = slice(part.start - rows.start, part.stop - rows.start)
+                mixed.add(choice, tokens[own], h[own])
+        ctx.plan, ctx.autocast = plan, autocast_of(low.device.type)
         ctx.save_for_backward(weights, low, down, kept, *rest)
-        return mixed, thin
+        return mixed.result(), thin
 
     @staticmethod
     @once_differentiable
@@ -123,30 +123,54 @@ class _Segments(torch.autograd.Function):
         plan: SegmentPlan = ctx.plan
         weights, low, down, kept, *rest = ctx.saved_tensors
         bases, ups = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        g_bases, g_ups = [torch.zeros_like(base) for base in bases], [torch.zeros_like(up) for up in ups]
+        g_bases, g_ups = [torch.zeros_like(mixed) for _ in ups], [torch.zeros_like(up) for up in ups]
         g_weights, g_low, g_down = torch.empty_like(weights), torch.empty_like(low), torch.zeros_like(down)
+        room, to_gradient = plan.room(bases), plan.room([mixed])[0]
         for expert, rows, _ in plan.segments:
             tokens, choices = plan.segments.tokens[rows], plan.segments.choices[rows]
-            inputs = _updated(plan, bases, ups, low, expert, rows, tokens)
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                inputs = [one.requires_grad_() for one in inputs]
-                h = plan.between(inputs)
-            gradient = mixed.index_select(0, tokens)  # (tokens, inner)
-            g_weights[tokens, choices] = (h.detach() * gradient).sum(-1, dtype=g_weights.dtype)
-            gradient *= weights[tokens, choices, None].to(gradient.dtype)
+            again = plan.between.again(_updated(plan, bases, ups, low, expert, rows, tokens, room), ctx.autocast)
+            gradient = torch.index_select(mixed, 0, tokens, out=to_gradient[: len(tokens)])  # (tokens, inner)
             own = thin[rows]
-            torch.mm(own.t(), _read(plan, h.detach(), kept, rows).to(own.dtype), out=g_down[expert])
+            torch.mm(own.t(), _read(plan, again.hidden, kept, rows).to(own.dtype), out=g_down[expert])
+            g_weights[tokens, choices] = again.dot(gradient).to(g_weights.dtype)
+            gradient *= weights[tokens, choices, None].to(gradient.dtype)
             if kept is None and own.dtype == gradient.dtype:
                 gradient.addmm_(own, down[expert])
             else:
                 gradient += _read(plan, own @ down[expert], kept, rows).to(gradient.dtype)
-            parts = torch.autograd.grad(h, inputs, gradient)
+            parts = again.pull(gradient)
             lows = zip(low[rows].chunk(len(ups), 1), g_low[rows].chunk(len(ups), 1), strict=True)
             for part, g_base, up, g_up, (own, g_own) in zip(parts, g_bases, ups, g_ups, lows, strict=True):
                 g_base.index_add_(0, tokens, part)
                 torch.mm(own.t(), part, out=g_up[expert]).mul_(plan.scaling)
                 g_own.copy_((part @ up[expert].t()).mul_(plan.scaling))
         return None, g_weights, g_low, g_down, *g_bases, *g_ups
+
+
+class _Mixed:
+    """The hidden features of n tokens, averaged over their choices: h_1 + sum_k w_k (h_k - h_1), in float32 at least."""
+
+    def __init__(self, like: Tensor, weights: Tensor) -> None:
+        self.dtype, self.weights = like.dtype, weights
+        self.sum = torch.empty_like(like, dtype=torch.promote_types(torch.float32, like.dtype))
+        self.later: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, choice: int, tokens: Tensor, h: Tensor) -> None:
+        """Take the features of one choice of some tokens; they are overwritten later."""
+        if choice:
+            self.later.append((choice, tokens, h))
+        else:
+            self.sum.index_copy_(0, tokens, h.to(self.sum.dtype))
+
+    def result(self) -> Tensor:
+        """Return the average, when all is added (n, inner)."""
+        changes = [
+            h.to(self.sum.dtype).sub_(self.sum.index_select(0, tokens)).mul_(self.weights[tokens, choice, None])
+            for choice, tokens, h in self.later
+        ]
+        for (_, tokens, _), change in zip(self.later, changes, strict=True):
+            self.sum.index_add_(0, tokens, change)
+        return self.sum.to(self.dtype)
 
 
 def _updated(
@@ -157,10 +181,14 @@ def _updated(
     expert: int,
     rows: slice,
     tokens: Tensor,
+    room: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return what the projections of one expert give for its tokens (tokens, inner)."""
-    each = zip(bases, ups, low[rows].chunk(len(ups), dim=1), strict=True)
-    return [base.index_select(0, tokens).addmm_(own, up[expert], alpha=plan.scaling) for base, up, own in each]
+    """Return what the projections of one expert give for its tokens (tokens, inner), in ``room``."""
+    each = zip(bases, ups, low[rows].chunk(len(ups), dim=1), room, strict=True)
+    return [
+        torch.index_select(base, 0, tokens, out=place[: len(tokens)]).addmm_(own, up[expert], alpha=plan.scaling)
+        for base, up, own, place in each
+    ]
 
 
 def _draw(plan: SegmentPlan, base: Tensor, slots: int) -> Tensor | None:
@@ -173,14 +201,3 @@ def _draw(plan: SegmentPlan, base: Tensor, slots: int) -> Tensor | None:
 def _read(plan: SegmentPlan, h: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
     """Return the hidden features with those zero that dropout drops, and the others larger."""
     return h if kept is None else h * kept[rows] * (1.0 / (1.0 - plan.dropout))
-
-
-def _average(hidden: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Return the sum of ``hidden`` (n, inner), each times its column of ``weights`` (n, k), in float32 at least."""
-    first = hidden[0]
-    wide = torch.promote_types(torch.float32, first.dtype)
-    total: Tensor | None = None
-    for k, one in enumerate(hidden[1:], 1):
-        change = (one - first).to(wide).mul_(weights[:, k, None].to(wide))
-        total = change if total is None else total.add_(change)
-    return first if total is None else total.add_(first).to(first.dtype)

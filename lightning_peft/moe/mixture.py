@@ -15,8 +15,9 @@ from lightning_peft.arithmetic.bottlenecks import parameters_beside
 from lightning_peft.interfaces import Adapter
 from lightning_peft.moe import initial_experts
 from lightning_peft.moe.balance import load_balancing_loss, with_auxiliary_loss, z_loss
-from lightning_peft.moe.experts import ExpertWeights, Implementation, run_experts
-from lightning_peft.moe.feed_forward import FeedForward, dense_tensors, with_dropout
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import Implementation, run_experts
+from lightning_peft.moe.feed_forward import FeedForward, dense_tensors
 from lightning_peft.moe.initial_experts import Layout
 from lightning_peft.moe.padding import take_note
 from lightning_peft.moe.statistics import Routed
@@ -196,10 +197,13 @@ class MixtureOfExperts(Routed, Adapter):
         if self.training and torch.is_grad_enabled():
             assignment = self.balanced(assignment, mask)
         activation: Callable[[Tensor], Tensor] = self._activation[0]
-        if self.training:
-            activation = with_dropout(activation, parts.inner_dropout)
         y = run_experts(
-            tokens, assignment, self.expert_weights(), activation, implementation=method.implementation
+            tokens,
+            assignment,
+            self.expert_weights(),
+            activation,
+            dropout=parts.inner_dropout if self.training else 0.0,
+            implementation=method.implementation,
         ).view(x.shape)
         if method.uncovered == "dense" and not self.rule.uniform:
             covered = (assignment.token_counts() > 0).view(x.shape[:-1])

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers
 from lightning_peft.errors import ExportError
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.moe.experts import ExpertWeights, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.routing import ExpertChoiceRouter, Router, TopKRouter
 
 

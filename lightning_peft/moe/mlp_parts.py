@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import unwrapped
 from lightning_peft.errors import TargetError
+from lightning_peft.moe.between import Between
 from lightning_peft.targets import is_conv1d_linear, is_linear
 
 
@@ -104,11 +105,9 @@ class MLPParts:
             return gate, up
         return self._part(module, self.gate)(x), self._part(module, self.up)(x)
 
-    def between(self, module: nn.Module, gate: Tensor | None, up: Tensor) -> Tensor:
-        """Return the hidden features (..., inner) of ``module`` from what its gate, if any, and its up-projection give."""
-        act = self._part(module, self.activation)
-        hidden: Tensor = act(up) if gate is None else act(gate) * up
-        return hidden
+    def between(self, module: nn.Module) -> Between:
+        """Return what stands between the projections of ``module``."""
+        return Between(self._part(module, self.activation), self.gated)
 
     def outward(self, module: nn.Module, hidden: Tensor, update: Tensor | None = None) -> Tensor:
         """Hidden (..., inner) -> (..., width), by the down-projection of ``module``, to which ``update`` is added, and its dropout."""
@@ -145,7 +144,8 @@ class MLPParts:
             part.training = False
         try:
             wanted = module(x)
-            found = self.outward(module, self.between(module, *self.inward(module, x)))
+            parts = [part for part in self.inward(module, x) if part is not None]
+            found = self.outward(module, self.between(module)(parts))
         finally:
             for part, mode in modes.items():
                 part.training = mode

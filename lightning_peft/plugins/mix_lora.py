@@ -32,10 +32,11 @@ from lightning_peft.errors import TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
-from lightning_peft.moe.experts import ExpertWeights
+from lightning_peft.moe.between import Between
+from lightning_peft.moe.expert_weights import ExpertWeights
 from lightning_peft.moe.feed_forward import MLPs
 from lightning_peft.moe.low_rank_mixtures import MixtureAdapter, MixtureMethod
-from lightning_peft.moe.low_rank_segments import Between, SegmentPlan, Segments, run_segments
+from lightning_peft.moe.low_rank_segments import SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.moe.padding import MaskReader, mask_argument, take_note
 from lightning_peft.quantized_layers import dense_weight
@@ -160,7 +161,7 @@ class LowRankMLPExperts(MixtureAdapter):
         A = torch.stack([self.pair(name)[0] for name in self.inward], dim=1)  # (E, 1 or 2, rank, width)
         low = self._dropped(x).to(dtype) @ A.to(dtype).flatten(0, 2).t()  # (n, E * 1 or 2 * rank)
         low = low.view(n, self.num_experts, len(bases), self.rank)
-        between = functools.partial(_between, self.parts, module)
+        between = self.parts.between(module)
         mixed, spread = (self._wide if self._is_wide(x) else self._segments)(between, assignment, low, bases)
         rows = spread.to(dtype).flatten(1)  # (n, E * rank)
         return mixed, self.scaling * (rows @ self.pair("down")[1].to(dtype).flatten(0, 1))
@@ -246,7 +247,7 @@ def _mixed_mlp(module: nn.Module, mixtures: Sequence[LowRankMLPExperts], x: Tens
     results = [one.mix(module, flat, bases, grid.mask if grid is not None else None) for one in mixtures]
     mixed, update = results[0]
     if len(results) > 1:
-        hidden = _between(parts, module, bases)
+        hidden = parts.between(module)(bases)
         for other, more in results[1:]:
             mixed, update = mixed + (other - hidden), update + more
     return parts.outward(module, mixed.view(*x.shape[:-1], parts.inner), update.view(x.shape))
@@ -262,10 +263,6 @@ def _weights(assignment: Assignment) -> Tensor:
         torch.arange(weights.shape[1], device=weights.device) == 0
     )  # padding has no weight: there its first choice counts
     return torch.where(assignment.valid.view(n, -1), weights, first.to(weights.dtype))
-
-
-def _between(parts: MLPParts, module: nn.Module, bases: Sequence[Tensor]) -> Tensor:
-    return parts.between(module, bases[0] if parts.gated else None, bases[-1])
 
 
 @hookimpl

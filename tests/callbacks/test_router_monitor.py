@@ -16,7 +16,8 @@ from lightning_peft import LoRA, PEFTModule, RouterMonitor
 from lightning_peft.callbacks.router_monitor import _draw, load_figure
 from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.moe.experts import ExpertWeights, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.routing import TopKRouter
 from lightning_peft.moe.statistics import Routed
 

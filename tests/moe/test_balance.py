@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from lightning_peft import PEFTMixin, inject
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import load_balancing_loss, loss_scale, with_auxiliary_loss, z_loss
-from lightning_peft.moe.experts import ExpertWeights, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.routing import ExpertChoiceRouter, TopKRouter
 from lightning_peft.moe.statistics import Routed, RouterStatistics
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.moe.experts import ExpertWeights, SlotOrder, run_experts
+from lightning_peft.moe.expert_weights import ExpertWeights
+from lightning_peft.moe.experts import SlotOrder, run_experts
 from lightning_peft.moe.routing import Assignment, ExpertChoiceRouter, TopKRouter
 
 # While torch.compile traces, it makes an instance of an autograd.Function and looks at .grad of inner tensors, and warns itself of that.
@@ -130,6 +132,56 @@ def test_first_and_second_derivatives_are_right_in_float64(router):
 
     assert torch.autograd.gradcheck(run, (x, gate, *tensors(weights)))
     assert torch.autograd.gradgradcheck(run, (x, gate, *tensors(weights)))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_dropout_drops_the_same_features_forward_and_backward(implementation, gated):
+    """The activation runs again in backward; what was dropped must not be drawn again."""
+    dtype = torch.float64 if implementation == "unbind" else torch.float32
+    weights = make_weights(3, 4, 8, gated=gated, biased=True, dtype=dtype)
+    x, _, assignment = routed(TopKRouter(), 6, 4, 3)
+
+    def run(x, *values, p=0.4):
+        torch.manual_seed(5)
+        new = ExpertWeights(*values, gated=gated)
+        return run_experts(x, assignment, new, F.silu, dropout=p, implementation=implementation)
+
+    inputs = [x.detach().to(dtype).requires_grad_(), *(tensor.detach().requires_grad_() for tensor in tensors(weights))]
+    assert not torch.allclose(run(*inputs), run(*inputs, p=0.0))
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(run, inputs)
+        assert torch.autograd.gradgradcheck(run, inputs)
+    mean = torch.stack([run_experts(x, assignment, weights, F.silu, dropout=0.4) for _ in range(2000)]).mean(0)
+    assert relative(mean, run_experts(x, assignment, weights, F.silu)) <= 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [nn.SiLU, SiLUActivation])
+def test_swiglu_by_its_formula_is_bit_equal_to_autograd_and_hooks_are_heard(kind, dtype):
+    weights, (x, _, assignment) = make_weights(4, 16, 24, dtype=dtype), routed(TopKRouter(), 20, 16, 4)
+    leaf = x.detach().to(dtype).requires_grad_()
+
+    def gradients(activation):
+        output = run_experts(leaf, assignment, weights, activation, implementation="unbind")
+        return torch.autograd.grad(output.float().square().sum(), [leaf, *tensors(weights)])
+
+    formula = gradients(kind())
+    for mine, its in zip(formula, gradients(lambda hidden: F.silu(hidden)), strict=True):
+        assert torch.equal(mine, its)
+    halved = kind()
+    halved.register_forward_hook(lambda module, args, output: output / 2)
+    for mine, its in zip(gradients(halved), gradients(lambda hidden: F.silu(hidden) / 2), strict=True):
+        assert torch.equal(mine, its)
+        assert not torch.equal(mine, formula[0])
+
+
+def test_the_gradient_can_be_taken_twice_from_one_graph():
+    weights, (x, _, assignment) = make_weights(4, 16, 24), routed(TopKRouter(), 20, 16, 4)
+    total = run_experts(x, assignment, weights, F.silu, implementation="unbind").square().sum()
+    first = torch.autograd.grad(total, [x, *tensors(weights)], retain_graph=True)
+    for mine, its in zip(first, torch.autograd.grad(total, [x, *tensors(weights)]), strict=True):
+        assert torch.equal(mine, its)
 
 
 class Slope(nn.Module):

@@ -24,6 +24,7 @@ from lightning_peft import (
 from lightning_peft.errors import ConfigError, MergeError, TargetError
 from lightning_peft.merging import merge_adapters, unmerge_adapters
 from lightning_peft.moe.balance import load_balancing_loss
+from lightning_peft.moe.between import Between
 from lightning_peft.moe.experts import run_experts
 from lightning_peft.moe.low_rank_segments import SegmentPlan, Segments, run_segments
 from lightning_peft.moe.mlp_parts import MLPParts
@@ -136,7 +137,8 @@ def test_gradients_are_those_of_whole_experts(implementation):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_segments_are_differentiated_right():
+@pytest.mark.parametrize("activation", [F.silu, F.gelu], ids=["by formula", "by autograd"])
+def test_the_segments_are_differentiated_right(activation):
     """Against finite differences, dropout and empty experts included."""
     torch.manual_seed(0)
     chosen = torch.tensor([[0, 3], [3, 0], [2, 0], [0, 2], [3, 2]])  # expert 1 has no token
@@ -148,7 +150,7 @@ def test_the_segments_are_differentiated_right():
 
     def run(scores, low, down, gate, up, gate_b, up_b, dropout=0.4):
         torch.manual_seed(1)
-        plan = SegmentPlan(segments, lambda parts: F.silu(parts[0]) * parts[1], 0.7, dropout)
+        plan = SegmentPlan(segments, Between(activation, gated=True), 0.7, dropout)
         return run_segments(plan, torch.softmax(scores, -1), low, down, [gate, up], [gate_b, up_b])
 
     assert torch.autograd.gradcheck(run, (scores, *tensors))
