@@ -180,23 +180,18 @@ def _products(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     sizes = _spans(ranks, cost) if torch.is_grad_enabled() and x.device.type == "cpu" and not compiling else [n]
     if len(sizes) == 1:
         return _updated(rows, index, parts, out, in_place=fresh is not None).view(*x.shape[:-1], features)
-    stops = list(itertools.accumulate(sizes))
-    updated = [
-        _updated(_part(rows, index[stop - size : stop]), None, part, piece, in_place=False)
-        for stop, size, part, piece in zip(
-            stops, sizes, torch.split(parts, sizes), torch.split(out, sizes), strict=True
-        )
-    ]
+    updated, start = [], 0
+    for size, part, piece in zip(sizes, torch.split(parts, sizes), torch.split(out, sizes), strict=True):
+        own = _part(rows, index[start : start + size])
+        updated.append(_updated(own, own.index, part, piece, in_place=False))
+        start += size
     return torch.cat(updated).view(*x.shape[:-1], features)
 
 
-def _updated(rows: AdapterRows, index: tuple[int, ...] | None, parts: Tensor, out: Tensor, *, in_place: bool) -> Tensor:
+def _updated(rows: AdapterRows, index: tuple[int, ...], parts: Tensor, out: Tensor, *, in_place: bool) -> Tensor:
     """Return out (rows, tokens, out) with the updates for parts (rows, tokens, in), whose adapters ``index`` tells."""
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
-    index = rows.index if index is None else index
     chosen = [row for row, place in enumerate(index) if place >= 0]
-    if not chosen:
-        return out
     some = rows.numbers(chosen, parts.device) if len(chosen) < len(index) else None
     if some is not None:
         parts = parts.index_select(0, some)

@@ -164,6 +164,8 @@ def test_a_run_resumes_only_as_the_population_it_was(make_trainer, make_loaders,
     saving = AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True)
     make_trainer(tmp_path, max_steps=4, callbacks=[saving, PopulationCheckpoint()]).fit(module(), *make_loaders())
     path = tmp_path / "c" / "last.ckpt"
+    again = PopulationModule.load_from_checkpoint(path, base=tiny_llama(), members=members(), weights_only=True)
+    assert again.ranking()[0].steps == 4
 
     def resumed() -> Any:
         return make_trainer(
@@ -289,6 +291,51 @@ def test_what_is_measured_may_be_maximised(make_trainer, make_loaders, tmp_path)
     assert values[0] > values[-1]
     with pytest.raises(ConfigError, match="monitor='val_los' was asked for, but validation measures"):
         make_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0).fit(module(monitor="val_los"), *make_loaders())
+
+
+def test_nobody_is_trained_after_all_have_stopped_while_the_trainer_goes_on(
+    make_trainer, make_loaders, adapter_tensors, tmp_path
+):
+    lazy = [Member(LoRA(rank=2), None, "a", lr=1e-3, seed=1, patience=1, min_delta=1.0, lr_scheduler=plateau)]
+    one, short = module(lazy), module(lazy)
+    make_trainer(tmp_path, min_epochs=4, max_epochs=6).fit(one, *make_loaders())
+    make_trainer(tmp_path, max_epochs=2).fit(short, *make_loaders())
+    assert one.trainer.current_epoch == 4
+    assert one.trainer.global_step == 16
+    assert all(torch.equal(value, adapter_tensors(short)[key]) for key, value in adapter_tensors(one).items())
+
+
+def test_halving_by_epochs_keeps_so_many():
+    four = [Member(LoRA(), name=name) for name in "abcd"]
+    standings = Standings(four, "max", Halving(at=[1, 2], unit="epoch", eta=4, keep=2))
+    values = {"a": 0.1, "b": 0.4, "c": 0.3, "d": 0.2}
+    standings.judge(values, step=100, epochs=0)
+    assert standings.living == list("abcd")
+    standings.judge(values, step=101, epochs=1)
+    assert standings.living == ["b", "c"]
+    assert standings.ended == ["a", "d"]
+    standings.judge(values, step=102, epochs=2)
+    assert standings.living == ["b", "c"]
+    again = Standings(four, "max", standings.halving)
+    again.load(standings.state())
+    assert again.living == ["b", "c"]
+    assert again.rungs == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"at": []},
+        {"at": [3, 2]},
+        {"at": [0]},
+        {"at": [1], "eta": 1},
+        {"at": [1], "keep": 0},
+        {"at": [1], "unit": "day"},
+    ],
+)
+def test_halving_checks_its_fields(options):
+    with pytest.raises(ConfigError, match="Halving"):
+        Halving(**options)
 
 
 def test_patience_counts_validations_without_a_gain():

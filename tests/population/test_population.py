@@ -287,6 +287,27 @@ def test_a_loss_whose_parts_are_not_known_is_refused():
         module.member_losses(batch, list(module.members))
 
 
+def test_a_model_that_adds_to_its_loss_is_refused():
+    """The loss of routers is one of all rows: whose part is what nobody knows."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = MixtralConfig(vocab_size=128, num_local_experts=2, output_router_logits=True, use_cache=False, **sizes)
+    batch = token_batch(rows=2)
+    for members in ([Member(LoRA(rank=2), ["query"])], [LoRA(rank=2), LoRA(rank=4)]):
+        module = PopulationModule(MixtralForCausalLM(config), members)
+        module.configure_model()
+        for mode in (torch.enable_grad, torch.inference_mode):
+            with mode(), pytest.raises(ConfigError, match="parts for each member are not known"):
+                module.member_losses({**batch, "labels": batch["input_ids"]}, list(module.members))
+
+
 def test_any_net_with_a_loss_and_tuple_batches(make_trainer, tmp_path):
     def net() -> nn.Module:
         torch.manual_seed(0)
