@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
 
 from lightning_peft import (
     EVA,
     AdaLoRA,
     Bottleneck,
+    CausalLMLoader,
     DoRA,
     LoRA,
     LoRAMixture,
@@ -22,6 +24,7 @@ from lightning_peft import (
     PopulationModule,
     PrefixTuning,
     PromptTuning,
+    TextDataModule,
     VeRA,
 )
 from lightning_peft.testing.subject import distance
@@ -146,3 +149,58 @@ def test_with_clipping_and_accumulation(solo, make_trainer, make_loaders, adapte
 
 def test_methods_of_other_kinds(solo, make_trainer, make_loaders, adapter_tensors, tmp_path):
     compare(OTHERS, solo, make_trainer, make_loaders, adapter_tensors, tmp_path, max_epochs=1)
+
+
+def test_a_real_model_learns_as_alone_from_shuffled_text(data_dir, make_trainer, adapter_tensors, tmp_path):
+    folder = str(data_dir / "models" / "stories260k")
+    members = [
+        Member(LoRA(rank=8), "all_linear", "all", lr=1e-2, seed=1),
+        Member(NormTuning(), None, "norms", optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), seed=2),
+    ]
+
+    def data() -> TextDataModule:
+        text = {"train": str(data_dir / "e2e" / "train.jsonl"), "val": {"e2e": str(data_dir / "e2e" / "valid.jsonl")}}
+        sizes = {"block_size": 128, "batch_size": 4, "max_train_tokens": 16384, "max_val_tokens": 1024}
+        return TextDataModule(
+            tokenizer=folder, template={"train": "{mr} => {ref}", "e2e": "{mr} => {ref}"}, **text, **sizes
+        )
+
+    def fit(module: PEFTModule) -> list[float]:
+        values = []
+
+        class Note(Callback):
+            def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+                found = trainer.callback_metrics
+                values.extend(
+                    float(found[key]) for key in ("val_loss/all", "val_loss/norms", "val_loss") if key in found
+                )
+
+        options = {"max_steps": 8, "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+        make_trainer(tmp_path, callbacks=[Note()], enable_checkpointing=False, **options).fit(module, datamodule=data())
+        return values
+
+    torch.manual_seed(9)
+    together = PopulationModule(CausalLMLoader(path=folder), members, optimizer=adamw)
+    found = fit(together)
+    assert found[3] < found[0] < 4.0  # it learns
+    for number, member in enumerate(members):
+        torch.manual_seed(9)
+        alone = _Seeded(CausalLMLoader(path=folder), member)
+        assert fit(alone) == pytest.approx(found[number::3], rel=1e-5)
+        assert_same(
+            together, alone, member.name, adapter_tensors, tolerance=2e-3
+        )  # AdamW magnifies rounding where gradients are near zero
+
+
+class _Seeded(PEFTModule):
+    """A member alone, whose initial values have its seed, over batches in the order of the population's."""
+
+    def __init__(self, base: CausalLMLoader, member: Member) -> None:
+        make = member.optimizer or (lambda groups: adamw([{**group, "lr": member.lr} for group in groups]))
+        super().__init__(base, member.method, member.targets, name=member.name, optimizer=make)
+        self.seed = member.seed
+
+    def _inject(self, model: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            super()._inject(model)
