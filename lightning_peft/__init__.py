@@ -78,6 +78,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.eva import EVA as EVA
     from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
+    from lightning_peft.plugins.gguf_format import GGUFAdapter as GGUFAdapter
+    from lightning_peft.plugins.gguf_format import GGUFFile as GGUFFile
     from lightning_peft.plugins.litgpt_format import LitGPTFile as LitGPTFile
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
@@ -154,6 +156,8 @@ _HOME = {
     "ForeignAdapter": "adapter_formats",
     "FullFineTuning": "plugins.full",
     "Fused": "families",
+    "GGUFAdapter": "plugins.gguf_format",
+    "GGUFFile": "plugins.gguf_format",
     "Halving": "population",
     "Injection": "injection",
     "Int8": "plugins.quantizers",

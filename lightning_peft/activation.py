@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
-from lightning_peft.injection import records
+from lightning_peft.injection import Injection, records
 from lightning_peft.offloading import fetch_offloaded, send_inactive
-from lightning_peft.saved_modules import SavedParameters, acts_alone
+from lightning_peft.saved_modules import SavedParameters
 from lightning_peft.targets import in_first_layers
 
 
@@ -37,13 +38,10 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
         if not any(name in layer.adapters for layer in layers.values()):
             adapters_named(model, name)  # raises, saying what there is
     for path, layer in layers.items():
-        here = [name for name in names if name in layer.adapters and not layer._adapter(name).only_listens]
-        for name in here if len(here) > 1 else []:
-            held = records(model).get(name)
-            if acts_alone(layer.adapters[name], held.method if held else None):
-                raise InjectionError(
-                    f"{here} are all at {path!r}, but {alone(model, name, path)}; activate one of them"
-                )
+        if (met := met_alone(layer, names, records(model))) is not None:
+            raise InjectionError(
+                f"{met.all} are all at {path!r}, but {alone(model, met.one, path)}; activate one of them"
+            )
     _refuse_inside_replaced(layers, names)
     before = {name for layer in layers.values() for name in (*layer.active, *layer.merged)}
     fetch_offloaded(model, names)
@@ -65,6 +63,28 @@ def _refuse_inside_replaced(layers: Mapping[str, AdapterLayer], names: Sequence[
                     f"adapter {chosen[inside][0]!r} is at {inside!r}, inside {path!r}, which does not run while {name!r} stands for it: it would "
                     "neither act nor be trained; give it targets outside, such as attention, or activate one of the two"
                 )
+
+
+class Met(NamedTuple):
+    """Adapters at one place that cannot act together."""
+
+    all: list[str]
+    """Their names."""
+    one: str
+    """The first that acts alone."""
+
+
+def met_alone(layer: AdapterLayer, names: Iterable[str], held: Mapping[str, Injection]) -> Met | None:
+    """Return what of ``names`` meets at ``layer`` and cannot act together there; None where all is well.
+
+    Adapters that only listen change nothing, so they stand beside any other. ``held`` has the injections of the model by name.
+    """
+    here = [name for name in names if name in layer.adapters and not layer._adapter(name).only_listens]
+    for name in here if len(here) > 1 else []:
+        whole = isinstance(layer.adapters[name], SavedParameters)
+        if whole or (name in held and not held[name].method.composable):
+            return Met(here, name)
+    return None
 
 
 def alone(model: nn.Module, name: str, path: str) -> str:

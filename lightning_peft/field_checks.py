@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from lightning_peft.errors import ConfigError
@@ -20,3 +21,23 @@ def check_switches(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(field.default, bool) and not isinstance(value, bool):
             raise ConfigError(f"{type(settings).__name__} {field.name} must be true or false, got {value!r}")
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def bytes_in(size: int | str, field: str) -> int:
+    """Return a size such as ``"5GB"`` as a number of bytes.
+
+    Raises:
+        ConfigError: it is none; the message calls it ``field``.
+
+    Example:
+        >>> bytes_in("1.5KB", "size"), bytes_in("2 KiB", "size"), bytes_in(7, "size")
+        (1500, 2048, 7)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|TB|B)?\s*", str(size).upper())
+    number = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
+    if isinstance(size, bool) or number < 1:
+        raise ConfigError(f"{field} must be a positive number of bytes, or such as '5GB' or '500MB', got {size!r}")
+    return number

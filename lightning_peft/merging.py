@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.activation import active_adapters, alone, refuse_permanent
+from lightning_peft.activation import active_adapters, alone, met_alone, refuse_permanent
 from lightning_peft.adapter_layer import (
     AdapterLayer,
     adapter_layers,
@@ -23,7 +23,6 @@ from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.quantized_merging import MergeReport, Quantized, WeightError, dense_dtype, merge_quantized
-from lightning_peft.saved_modules import acts_alone
 
 
 def merge_adapters(
@@ -211,8 +210,5 @@ def _tied(layer: AdapterLayer, key: str, names: Sequence[str]) -> bool:
 def _refuse_several(model: nn.Module, names: Sequence[str]) -> None:
     """Refuse to merge adapters at one place that cannot act together."""
     for path, layer in adapter_layers(model).items():
-        here = [name for name in dict.fromkeys((*layer.merged, *names)) if name in layer.adapters]
-        for name in here if len(here) > 1 else []:
-            held = records(model).get(name)
-            if acts_alone(layer.adapters[name], held.method if held else None):
-                raise MergeError(f"{here} are all at {path!r}, but {alone(model, name, path)}; merge one of them")
+        if (met := met_alone(layer, dict.fromkeys((*layer.merged, *names)), records(model))) is not None:
+            raise MergeError(f"{met.all} are all at {path!r}, but {alone(model, met.one, path)}; merge one of them")

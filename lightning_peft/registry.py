@@ -70,6 +70,7 @@ DEFAULT_PLUGINS: tuple[str, ...] = (
     "lightning_peft.plugins.loralib_format",
     "lightning_peft.plugins.litgpt_format",
     "lightning_peft.plugins.torchtune_format",
+    "lightning_peft.plugins.gguf_format",
 )
 """The built-in plugins, in the order they load. A new built-in method is one file and one line here."""
 

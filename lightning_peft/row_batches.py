@@ -25,6 +25,8 @@ from lightning_peft.interfaces import Adapter
 
 _LEADING = ("hidden_states", "input_ids", "inputs_embeds", "x", "input")
 """Names under which the first argument may be given."""
+_IGNORED = -100
+"""The label that a loss leaves out."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,33 @@ class RowSplit:
             caches.commit()
         return self._join(results, first=True)
 
+    def join_with_loss(self, results: Sequence[Any], labels: Tensor) -> Any:
+        """Return one result for the whole batch from one of each group, each with the mean loss of its part of ``labels``.
+
+        The loss of the batch is the mean over all labels but those of -100, which transformers leaves out of a loss.
+
+        Raises:
+            InjectionError: the loss of a group is another one than that mean.
+        """
+        counts, losses = [], []
+        for group, result in enumerate(results):
+            part, logits, loss = self.take(labels, group), result.get("logits"), result["loss"]
+            counts.append(int((part != _IGNORED).sum()))
+            if not counts[-1]:
+                continue  # such a mean is not a number
+            fits = isinstance(logits, Tensor) and logits.shape[:-1] == part.shape
+            with torch.no_grad():
+                mean = F.cross_entropy(logits.float().flatten(0, -2), part.flatten()) if fits else None
+            if mean is None or not torch.allclose(loss.detach().float(), mean, rtol=2e-2, atol=1e-4):
+                raise InjectionError(
+                    f"the module at {self.place!r} is run by rows of different adapters and returns a loss that is not the mean over its labels, so that "
+                    "the losses are no one loss; leave labels out, give decoder_input_ids, and compute the loss from the logits"
+                )
+            losses.append(loss * counts[-1])
+        others = [{key: value for key, value in result.items() if key != "loss"} for result in results]
+        whole = torch.stack(losses).sum() / sum(counts) if losses else results[0]["loss"]
+        return type(results[0])(loss=whole, **self._join(others, first=True))
+
     def _join(self, results: Sequence[Any], *, first: bool) -> Any:
         one = results[0]
         if isinstance(one, Tensor):
@@ -175,7 +204,7 @@ class RowSplit:
         if any(part.dim() == 0 for part in parts):
             raise InjectionError(
                 f"the module at {self.place!r} returns a scalar, which cannot be put together from rows of different adapters; run them in "
-                "batches of their own"
+                "batches of their own, or compute the scalar outside, such as a loss from the logits"
             )
         each = [
             part.shape[0] // count if part.shape[0] % count == 0 else 0
@@ -324,10 +353,17 @@ def call_by_rows(
         ragged: as in :class:`RowSplit`.
     """
     split = RowSplit([rows for rows, _ in groups], per_row, place, ragged=ragged)
-    results = []
+    results: list[Any] = []
     for number, (rows, call) in enumerate(groups):
         taken = [split.take(value, number) for value in args]
         named = {key: split.take(value, number, key) for key, value in kwargs.items()}
         with narrowed(rows):
             results.append(call(*taken, **named))
+    labels = kwargs.get("labels")
+    if ragged and isinstance(labels, Tensor) and all(_has_loss(result) for result in results):
+        return split.join_with_loss(results, labels)
     return split.join(results)
+
+
+def _has_loss(result: Any) -> bool:
+    return isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor) and result["loss"].dim() == 0

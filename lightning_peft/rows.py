@@ -21,13 +21,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from lightning_peft.activation import alone
+from lightning_peft.activation import alone, met_alone
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, adapted_roots, records
 from lightning_peft.interfaces import Adapter
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
-from lightning_peft.saved_modules import acts_alone
 
 Row: TypeAlias = str | Sequence[str] | None
 """What acts on a row: an adapter, several that act one around the other, the first innermost, or none."""
@@ -334,12 +333,10 @@ def _refuse_batch_second(model: nn.Module) -> None:
 def _check_together(model: nn.Module, names: tuple[str, ...]) -> None:
     held = _injections(model)
     for path, layer in adapter_layers(model).items():
-        here = [name for name in names if name in layer.adapters]
-        for name in here if len(here) > 1 else []:
-            if acts_alone(layer.adapters[name], held[name].method if name in held else None):
-                raise InjectionError(
-                    f"{here} are to act on one row at {path!r}, but {alone(model, name, path)}; name one of them"
-                )
+        if (met := met_alone(layer, names, held)) is not None:
+            raise InjectionError(
+                f"{met.all} are to act on one row at {path!r}, but {alone(model, met.one, path)}; name one of them"
+            )
 
 
 def _injections(model: nn.Module) -> dict[str, Injection]:

@@ -40,13 +40,6 @@ def own_adapters(model: nn.Module, name: str) -> dict[str, Adapter]:
     return {path: adapter for path, adapter in found if not isinstance(adapter, SavedParameters)}
 
 
-def acts_alone(adapter: nn.Module, method: Method | None) -> bool:
-    """Tell whether ``adapter``, of an adapter made by ``method``, cannot be active beside another one at its place."""
-    if isinstance(adapter, Adapter) and adapter.only_listens:
-        return False
-    return isinstance(adapter, SavedParameters) or (method is not None and not method.composable)
-
-
 def resolve_saved(model: nn.Module, words: str | Sequence[str] | None, family: ModelFamily) -> tuple[Target, ...]:
     """Return the modules that ``words`` name, none of them inside another.
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_tools.report import LowRankReport
-from lightning_peft.adapter_tools.updates import Pair, low_rank_method
+from lightning_peft.adapter_tools.updates import low_rank_method
 from lightning_peft.arithmetic.low_rank import CONVOLUTIONS
 from lightning_peft.arithmetic.thin_products import rank_for, tail_error, widened
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.injection import record
+from lightning_peft.low_rank_pairs import Pair
 from lightning_peft.quantized_layers import dense_weight, is_packed
 from lightning_peft.targets import is_conv1d_linear, is_fused_experts
 

@@ -31,11 +31,12 @@ from lightning_peft.adapter_files import read_adapter
 from lightning_peft.adapter_tools.lora_folder import refuse_other_bases, write_lora
 from lightning_peft.adapter_tools.report import LowRankReport
 from lightning_peft.adapter_tools.task_arithmetic import add_tasks
-from lightning_peft.adapter_tools.updates import Pair, Updates, adapted_in_order, put_in, updates_from, updates_in
+from lightning_peft.adapter_tools.updates import adapted_in_order, put_in, updates_from
 from lightning_peft.arithmetic.task_vectors import combined
 from lightning_peft.arithmetic.thin_products import difference_norm, product_norm, product_svd, tail_error
 from lightning_peft.errors import AdapterMismatchError, ConfigError
 from lightning_peft.injection import record
+from lightning_peft.low_rank_pairs import Pair, Updates, updates_in
 from lightning_peft.surgery import check_name
 
 Combination = Literal[

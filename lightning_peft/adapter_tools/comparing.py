@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_peft.adapter_tools.updates import Pair, Source, updates_of
+from lightning_peft.adapter_tools.updates import Source, updates_of
 from lightning_peft.arithmetic.thin_products import (
     difference_norm,
     effective_rank,
@@ -20,6 +20,7 @@ from lightning_peft.arithmetic.thin_products import (
     stable_rank,
 )
 from lightning_peft.errors import AdapterMismatchError
+from lightning_peft.low_rank_pairs import Pair
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from lightning_peft.adapter_layer import adapters_named, base_modules, unwrapped
 from lightning_peft.adapter_tools.changes import Factored, changes_between, changes_in
 from lightning_peft.adapter_tools.pruning import shortened
 from lightning_peft.adapter_tools.report import LowRankReport
-from lightning_peft.adapter_tools.updates import Updates, put_in, updates_in
+from lightning_peft.adapter_tools.updates import put_in
 from lightning_peft.arithmetic.thin_products import check_rank_or_energy
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection import record
+from lightning_peft.low_rank_pairs import Updates, updates_in
 from lightning_peft.surgery import check_name, resolve_family
 
 

@@ -23,9 +23,10 @@ from lightning_peft.adapter_files import (
     to_json_bytes,
     write_file,
 )
-from lightning_peft.adapter_tools.updates import Pair, lora_for
+from lightning_peft.adapter_tools.updates import lora_for
 from lightning_peft.errors import BaseMismatchError, ConfigError
 from lightning_peft.interfaces import HF_PREFIX
+from lightning_peft.low_rank_pairs import Pair
 
 
 def write_lora(output: str | Path, pairs: Mapping[str, Mapping[str, Pair]], sources: Sequence[AdapterFolder]) -> Path:

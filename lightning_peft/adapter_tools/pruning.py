@@ -10,9 +10,10 @@ from torch import nn
 from lightning_peft.adapter_files import read_adapter
 from lightning_peft.adapter_tools.lora_folder import write_lora
 from lightning_peft.adapter_tools.report import LowRankReport
-from lightning_peft.adapter_tools.updates import Pair, Updates, put_in, updates_from, updates_in
+from lightning_peft.adapter_tools.updates import put_in, updates_from
 from lightning_peft.arithmetic.thin_products import check_rank_or_energy, product_svd, rank_for, tail_error
 from lightning_peft.injection import record
+from lightning_peft.low_rank_pairs import Pair, Updates, updates_in
 from lightning_peft.surgery import check_name
 
 

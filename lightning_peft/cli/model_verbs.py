@@ -105,7 +105,7 @@ def convert(
     """Read an adapter of other software over its base and write it as an adapter folder.
 
     Args:
-        adapter: file or folder of HF PEFT, transformers, loralib, LitGPT, torchtune or another registered format.
+        adapter: file or folder of HF PEFT, transformers, loralib, LitGPT, torchtune, llama.cpp or another registered format.
         output: folder to write; new or empty.
         base: local folder or hub id of the base.
         format: registry name of the format; found from what is there if not given.

@@ -46,7 +46,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
 FLAGS = {
     "merge": {
         "overwrite": "Replace the model that stands in the output folder.",
-        "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory.",
+        "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory. The base must be a local folder.",
     },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
     "fingerprint": {"complete": "Hash every weight of the base too."},

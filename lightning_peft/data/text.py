@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.data.documents import hold_out, parse_template, read_documents
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.errors import ConfigError, did_you_mean
@@ -32,22 +33,26 @@ class TextDataModule(LightningDataModule):
     """Train and evaluate a causal language model on local ``.txt`` and ``.jsonl`` files.
 
     Batches are ``{"input_ids": (batch, block_size), "labels": the same}``; the model shifts the labels itself, as the
-    models of transformers do. The training loader resumes exactly, also in the middle of an epoch.
+    models of transformers do. The training loader resumes exactly, also in the middle of an epoch. Where ``train`` names
+    adapters, a batch has the column ``adapter`` too, with the name for each row: see ``by_rows`` of ``PEFTModule``.
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
-        train: file to train on: a ``.txt``, which is one document, or a ``.jsonl``, each row of which is one.
+        train: file to train on: a ``.txt``, which is one document, or a ``.jsonl``, each row of which is one. Several files,
+            ``{name: file}``, train an adapter each, that of the name; validation sets of that name are read by it, others
+            by the base alone.
         val: file to evaluate on, or several by name, ``{name: file}``. A file without a name gets that of its stem.
         template: how a row of a ``.jsonl`` becomes text: ``{field}`` stands for the value of the field. Where files
-            differ, ``{name: template}`` for ``train`` and the names of ``val``; ``"{text}"`` where none is given.
+            differ, ``{name: template}`` for ``train``, or its names, and the names of ``val``; ``"{text}"`` where none is given.
         separator: token between documents. ``bos`` puts the tokenizer's bos token before each one (Llama; GPT-2, whose
             bos and eos are the same), ``eos`` its eos token after each, ``none`` nothing. Take the one that the model was
             pretrained with.
         block_size: tokens in a row.
         batch_size: rows in a batch of training.
         val_batch_size: rows in a batch of evaluation; ``batch_size`` if None.
-        val_fraction: hold out so much of the end of ``train``. It becomes the first validation set, named as the stem of the file.
-        max_train_tokens: train only on so many tokens; on all if None.
+        val_fraction: hold out so much of the end of ``train``. It becomes the first validation set, named as the stem of the file;
+            of several files, each its own, named as the file is.
+        max_train_tokens: train only on so many tokens of each file; on all if None.
         max_val_tokens: evaluate only on so many tokens of each validation set; on all if None.
         seed: with the epoch, decides the order of the rows.
         shuffle: shuffle the training rows each epoch.
@@ -65,7 +70,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str,
+        train: str | dict[str, str],
         val: str | dict[str, str] | None = None,
         template: str | dict[str, str] = "{text}",
         separator: Literal["bos", "eos", "none"] = "bos",
@@ -96,14 +101,17 @@ class TextDataModule(LightningDataModule):
         if separator not in ("bos", "eos", "none"):
             raise ConfigError(f"TextDataModule separator must be one of bos, eos, none, got {separator!r}")
         self.tokenizer, self.train, self.separator = tokenizer, train, separator
+        self._by_adapter = not isinstance(train, str)
+        self._train = {_TRAIN: train} if isinstance(train, str) else dict(train)
+        if not self._train:
+            raise ConfigError("TextDataModule train must be a file, or several by the names of adapters, got none")
         self.val = {Path(val).stem: val} if isinstance(val, str) else dict(val or {})
         self.block_size, self.batch_size, self.val_batch_size = block_size, batch_size, val_batch_size or batch_size
         self.val_fraction, self.max_train_tokens, self.max_val_tokens = val_fraction, max_train_tokens, max_val_tokens
         self.seed, self.shuffle, self.num_workers = seed, shuffle, num_workers
         self.val_names = self.test_names = self._names()
         self.templates = self._templates(template)
-        self._rows: dict[str, Tensor] = {}
-        self._held_out: list[str] | None = None
+        self._rows: dict[tuple[str, bool], Tensor] = {}  # of a set by its name, and whether it is trained on
 
     # -- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -116,15 +124,16 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise and pack what ``stage`` needs."""
         tokenizer = None
-        for name in ([_TRAIN] if stage in (None, "fit") else []) + self.val_names:
-            if name not in self._rows:
+        wanted = [(name, True) for name in self._train if stage in (None, "fit")]
+        for name, trained in wanted + [(name, False) for name in self.val_names]:
+            if (name, trained) not in self._rows:
                 tokenizer = tokenizer or self._load_tokenizer()
-                limit = self.max_train_tokens if name == _TRAIN else self.max_val_tokens
-                self._rows[name] = self._pack(name, tokenizer, limit)
+                limit = self.max_train_tokens if trained else self.max_val_tokens
+                self._rows[name, trained] = self._pack(name, trained, tokenizer, limit)
 
     @override
     def train_dataloader(self) -> ResumableDataLoader:
-        rows, trainer = self._rows[_TRAIN], self.trainer
+        rows, trainer = self._named([(name, self._rows[name, True]) for name in self._train]), self.trainer
         processes, batches = (trainer.world_size, trainer.limit_train_batches) if trainer else (1, None)
         if isinstance(batches, float):
             batches = int(batches * -(-(len(rows) // processes) // self.batch_size))
@@ -141,7 +150,11 @@ class TextDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [
-            DataLoader(self._rows[name], batch_size=self.val_batch_size, **self._loading())  # type: ignore[arg-type]
+            DataLoader(
+                self._named([(name if name in self._train else None, self._rows[name, False])]),  # type: ignore[arg-type]
+                batch_size=self.val_batch_size,
+                **self._loading(),
+            )
             for name in self.val_names
         ]
 
@@ -149,22 +162,31 @@ class TextDataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return self.val_dataloader()
 
+    def _named(self, parts: Sequence[tuple[str | None, Tensor]]) -> Tensor | _RowsOfAdapters:
+        """Return the rows of all parts, each with the name of its part where batches name adapters."""
+        return _RowsOfAdapters(parts) if self._by_adapter else parts[0][1]
+
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _names(self) -> list[str]:
-        held_out = [Path(self.train).stem] if self.val_fraction else []
-        if held_out and held_out[0] in self.val:
-            raise ConfigError(
-                f"val has a set named {held_out[0]!r}, which is also the name of what val_fraction holds out; rename the one in val"
-            )
+        held_out = [self._stem(name) for name in self._train] if self.val_fraction else []
+        for name in held_out:
+            if name in self.val:
+                raise ConfigError(
+                    f"val has a set named {name!r}, which is also the name of what val_fraction holds out; rename the one in val"
+                )
         names = [*held_out, *self.val]
         for name in names:
             if not name or "/" in name or (name == _TRAIN and name in self.val):
                 raise ConfigError(f"{name!r} cannot be the name of a validation set; choose another name in val")
         return names
 
+    def _stem(self, name: str) -> str:
+        """Return the name of what is held out of a file of ``train``."""
+        return name if self._by_adapter else Path(self._train[name]).stem
+
     def _templates(self, template: str | Mapping[str, str]) -> dict[str, str]:
-        names = [_TRAIN, *self.val]
+        names = list(dict.fromkeys([*self._train, *self.val]))
         if isinstance(template, str):
             template = dict.fromkeys(names, template)
         for name, value in template.items():
@@ -187,20 +209,21 @@ class TextDataModule(LightningDataModule):
                 f"transformers says: {error}"
             ) from error
 
-    def _documents(self, name: str) -> Iterable[str]:
-        if name in self.val:
+    def _documents(self, name: str, trained: bool) -> Iterable[str]:
+        if not trained and name in self.val:
             return read_documents(self.val[name], self.templates[name])
+        of = name if trained else next(file for file in self._train if self._stem(file) == name)
+        documents = read_documents(self._train[of], self.templates[of])
         if not self.val_fraction:
-            return read_documents(self.train, self.templates[_TRAIN])
-        kept, held_out = hold_out(list(read_documents(self.train, self.templates[_TRAIN])), self.val_fraction)
-        return kept if name == _TRAIN else held_out
+            return documents
+        return hold_out(list(documents), self.val_fraction)[0 if trained else 1]
 
-    def _pack(self, name: str, tokenizer: Any, limit: int | None) -> Tensor:
+    def _pack(self, name: str, trained: bool, tokenizer: Any, limit: int | None) -> Tensor:
         """Return the rows (rows, block_size) of a set, int32."""
         separator = self._separator(tokenizer)
         before, after = (separator, []) if self.separator == "bos" else ([], separator)
         ids = array("i")
-        documents = iter(self._documents(name))
+        documents = iter(self._documents(name, trained))
         while chunk := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE)):
             for document in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
                 ids.extend(before + document + after)
@@ -209,7 +232,7 @@ class TextDataModule(LightningDataModule):
                 break
         rows = len(ids) // self.block_size
         if not rows:
-            path = self.val.get(name, self.train)
+            path = self.val[name] if not trained and name in self.val else self.train
             raise ConfigError(
                 f"{path!r} gives {len(ids)} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
                 "lower block_size or give more text"
@@ -240,9 +263,25 @@ class TextDataModule(LightningDataModule):
 _TRAIN = "train"
 
 
-def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    ids = torch.stack(rows).long()  # (batch, block)
-    return {"input_ids": ids, "labels": ids.clone()}
+class _RowsOfAdapters:
+    """Rows of several parts, each row with the name of its part."""
+
+    def __init__(self, parts: Sequence[tuple[str | None, Tensor]]) -> None:
+        self.rows = torch.cat([rows for _, rows in parts])
+        self.names = [name for name, rows in parts for _ in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
+        return self.rows[index], self.names[index]
+
+
+def _collate(rows: list[Any]) -> dict[str, Any]:
+    named = not isinstance(rows[0], Tensor)
+    ids = torch.stack([row[0] for row in rows] if named else rows).long()  # (batch, block)
+    column = {ADAPTER_COLUMN: [row[1] for row in rows]} if named else {}
+    return {"input_ids": ids, "labels": ids.clone(), **column}
 
 
 def _check_range(name: str, value: object, least: int) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers
 from lightning_peft.composition import saved_adapters
 from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.field_checks import bytes_in
 from lightning_peft.merging import check_mergeable
 from lightning_peft.out_of_core.adapters import Stored, put_in, take_values
 from lightning_peft.out_of_core.checkpoints import (
@@ -42,8 +42,6 @@ from lightning_peft.out_of_core.checkpoints import (
 )
 from lightning_peft.out_of_core.tensor_files import DTYPES, Planned, dtype_name, write_tensors
 from lightning_peft.side_files import copy_side_files
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def merge_folder(
@@ -81,7 +79,11 @@ def merge_folder(
     """
     if dtype is not None and dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise ConfigError(f"dtype must be a floating-point precision of 16 to 64 bit, got {dtype}")
-    base, target, limit = Path(base_folder), Path(output), _bytes(max_shard_size)
+    base, target, limit = (
+        Path(base_folder),
+        Path(output),
+        None if max_shard_size is None else bytes_in(max_shard_size, "max_shard_size"),
+    )
     _check_output(target, overwrite, [base, Path(adapter_folder)])
     checkpoint = open_checkpoint(base)
     model = empty_model(checkpoint)
@@ -275,16 +277,3 @@ def _check_output(target: Path, overwrite: bool, inputs: list[Path]) -> None:
             raise ConfigError(
                 f"the output {str(target)!r} holds {str(source)!r}, which is being merged; name another folder"
             )
-
-
-def _bytes(size: int | str | None) -> int | None:
-    """Return a size as a number of bytes."""
-    if size is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|B)?\s*", str(size).upper())
-    number = int(float(match[1]) * _UNITS[match[2] or "B"]) if match else 0
-    if isinstance(size, bool) or number < 1:
-        raise ConfigError(
-            f"max_shard_size must be a positive number of bytes, or such as '5GB' or '500MB', got {size!r}"
-        )
-    return number

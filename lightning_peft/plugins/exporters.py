@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.field_checks import check_switches
+from lightning_peft.field_checks import bytes_in, check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
 from lightning_peft.merging import adapters_merged
@@ -54,6 +54,7 @@ class MergedTransformers(Exporter):
 
     def __post_init__(self) -> None:
         check_switches(self)
+        bytes_in(self.max_shard_size, "MergedTransformers max_shard_size")
         if self.quantized not in ("refuse", "dequantize"):
             raise ConfigError(f"MergedTransformers quantized must be refuse or dequantize, got {self.quantized!r}")
 
@@ -73,7 +74,7 @@ class MergedTransformers(Exporter):
             unpacked = unpack_layers(model)
             try:
                 with _not_of_quantizer(model):
-                    model.save_pretrained(path, max_shard_size=self.max_shard_size)  # type: ignore[operator]
+                    model.save_pretrained(path, max_shard_size=bytes_in(self.max_shard_size, "max_shard_size"))  # type: ignore[operator]
             finally:
                 pack_layers(model, unpacked)
         base = base_name(model)

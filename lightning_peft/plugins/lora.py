@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
@@ -43,7 +43,7 @@ from lightning_peft.arithmetic.tied_low_rank import (
     tie,
     with_tied,
 )
-from lightning_peft.errors import AdapterConfigError, ConfigError, TargetError
+from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.field_checks import check_switches
 from lightning_peft.hf_types import refuse_other_keys
@@ -296,6 +296,20 @@ class LoRA(Method):
             )
         except ConfigError as error:
             raise AdapterConfigError(str(error)) from error
+
+    @override
+    def placed_tensors(self, model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = super().placed_tensors(model, stored)
+        if self.bias == "lora_only" and not any(name.endswith(".bias") for name in tensors):
+            modules = {path: unwrapped(module) for path, module in base_modules(model)}
+            places = sorted({name.partition(".lora_")[0] for name in tensors})
+            biased = [place for place in places if isinstance(getattr(modules.get(place), "bias", None), nn.Parameter)]
+            if biased:
+                raise AdapterMismatchError(
+                    f"the adapter was trained with bias='lora_only', but the file holds no bias, such as that of {biased[0]!r}: HF PEFT before 0.21 did "
+                    "not save them, and what was trained of them is lost. To load the rest, set 'bias' to 'none' in adapter_config.json"
+                )
+        return tensors
 
 
 _BIAS_RULE = "bias='all'"

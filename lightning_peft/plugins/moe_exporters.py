@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from lightning_peft.adapter_files import HF_CONFIG, WEIGHTS, to_json_bytes, write_file
 from lightning_peft.errors import ConfigError, ExportError, LightningPEFTWarning
+from lightning_peft.field_checks import bytes_in
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
 from lightning_peft.moe import export_check
@@ -67,6 +68,7 @@ class TransformersMoE(Exporter):
             raise ConfigError(f"{kind} tolerance must be positive, got {self.tolerance!r}")
         if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or self.tokens < 1:
             raise ConfigError(f"{kind} tokens must be a positive integer, got {self.tokens!r}")
+        bytes_in(self.max_shard_size, f"{kind} max_shard_size")
 
     @override
     def export(self, model: nn.Module, path: Path) -> None:
@@ -91,7 +93,7 @@ class TransformersMoE(Exporter):
         return shape, choose(type(model).__name__, self.format, model.config.num_hidden_layers, shape)
 
     def _save(self, target: Any, folder: Path) -> None:
-        target.save_pretrained(folder, max_shard_size=self.max_shard_size)
+        target.save_pretrained(folder, max_shard_size=bytes_in(self.max_shard_size, "max_shard_size"))
 
     def _logits(self, model: Any, places: dict[str, Mixture], rules: dict[str, Router]) -> Tensor:
         """Return the logits of the live model, routed by ``rules``."""

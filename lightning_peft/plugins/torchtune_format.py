@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_peft.adapter_files import HF_CONFIG, read_json, weights_file
 from lightning_peft.adapter_formats import AdapterFormat, ForeignAdapter
+from lightning_peft.arithmetic.rotary_order import pairs_to_halves
 from lightning_peft.errors import AdapterConfigError, AdapterFileError, AdapterMismatchError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.registry import get_registry
@@ -127,8 +128,7 @@ def _in_order(file: Path, name: str, tensor: Tensor, model: nn.Module) -> Tensor
         raise AdapterMismatchError(
             f"{str(file)!r}: {name!r} has shape {tuple(tensor.shape)}, heads have {size} features"
         )
-    pairs = tensor.view(rows // size, size // 2, 2, *tensor.shape[1:])  # (heads, pairs, both of a pair, ...)
-    return pairs.transpose(1, 2).reshape(tensor.shape)
+    return pairs_to_halves(tensor, size)
 
 
 def _check_targets(file: Path, names: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -308,3 +308,69 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_sees_the_next_rows(tmp_path, to
     assert whole.seen[:batches] != whole.seen[batches:]
     assert fit(tmp_path / "last.ckpt").seen == whole.seen[step:]
     assert {name for name, _ in whole.validated} == {"x", "y"}
+
+
+# -- a file for each adapter -------------------------------------------------------------------------------------------
+
+
+def test_files_by_name_give_every_row_the_name_of_its_adapter(tokenizer, text_file):
+    data = TextDataModule(
+        tokenizer,
+        {"a": text_file("first.txt", "a" * 40), "b": text_file("second.txt", "b" * 24)},
+        {"b": text_file("known.txt", "b" * 16), "other": text_file("other.txt", "c" * 16)},
+        separator="none",
+        block_size=8,
+        batch_size=3,
+    )
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert sorted(name for batch in batches for name in batch["adapter"]) == ["a"] * 5 + ["b"] * 3
+    for batch in batches:
+        assert len(batch["adapter"]) == len(batch["input_ids"])
+        for name, row in zip(batch["adapter"], batch["input_ids"], strict=True):
+            assert row.tolist() == [ord(name)] * 8
+        assert torch.equal(batch["input_ids"], batch["labels"])
+    assert [[batch["adapter"] for batch in loader] for loader in data.val_dataloader()] == [
+        [["b", "b"]],
+        [[None, None]],
+    ]
+
+
+def test_each_file_holds_out_its_own_end_and_is_cut_at_its_own_limit(tokenizer, rows_file):
+    def write(name, letter):
+        return rows_file(name, [{"text": letter * 8}] * 6 + [{"text": letter.upper() * 8}] * 2)
+
+    data = TextDataModule(
+        tokenizer,
+        {"a": write("a.jsonl", "a"), "b": write("b.jsonl", "b")},
+        separator="none",
+        block_size=8,
+        val_fraction=0.25,
+        max_train_tokens=32,
+    )
+    data.setup("fit")
+    assert data.val_names == ["a", "b"]
+    rows = [(name, row[0]) for batch in data.train_dataloader() for name, row in zip(*read(batch), strict=True)]
+    assert sorted(rows) == [("a", ord("a"))] * 4 + [("b", ord("b"))] * 4
+    held_out = [
+        [(name, row[0]) for batch in loader for name, row in zip(*read(batch), strict=True)]
+        for loader in data.val_dataloader()
+    ]
+    assert held_out == [[("a", ord("A"))] * 2, [("b", ord("B"))] * 2]
+
+
+def read(batch):
+    return batch["adapter"], batch["input_ids"].tolist()
+
+
+def test_files_by_name_have_templates_by_name_and_names_that_are_free(tokenizer, rows_file, text_file):
+    files = {"a": rows_file("a.jsonl", [{"x": "1" * 8}]), "b": rows_file("b.jsonl", [{"y": "2" * 8}])}
+    data = TextDataModule(tokenizer, files, template={"a": "{x}", "b": "{y}"}, separator="none", block_size=8)
+    data.setup("fit")
+    assert sorted(all_ids(data.train_dataloader())) == [ord("1")] * 8 + [ord("2")] * 8
+    with pytest.raises(ConfigError, match="template is given for 'c', which is not a set. The sets are: a, b"):
+        TextDataModule(tokenizer, files, template={"c": "{x}"})
+    with pytest.raises(ConfigError, match="val has a set named 'b', which is also the name of what val_fraction holds"):
+        TextDataModule(tokenizer, files, {"b": text_file("b.txt", "b")}, val_fraction=0.5)
+    with pytest.raises(ConfigError, match="train must be a file, or several by the names of adapters, got none"):
+        TextDataModule(tokenizer, {})

@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRA, adapter_layers, get_registry, inject, load_adapter
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import ConfigError, MergeError
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -56,3 +57,15 @@ def test_a_model_that_is_not_of_transformers_cannot_become_a_transformers_folder
     inject(net, LoRA(rank=1), "0")
     with pytest.raises(MergeError, match="Sequential is not a transformers model; merge with merge_adapters"):
         get_registry().exporters["merged_transformers"]().export(net, tmp_path)
+
+
+def test_gguf_files_need_a_library_that_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        ConfigError, match=r"the library gguf, which is not installed: pip install 'lightning-peft\[gguf\]'"
+    ):
+        get_registry().exporters["gguf_adapter"]().export(model, tmp_path / "out")
+    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match="the library gguf, which is not installed"):
+        load_adapter(model, tmp_path / "adapter.gguf", name="other")
+    assert not (tmp_path / "out").exists()

@@ -207,7 +207,8 @@ def test_a_wrong_field_is_refused_at_once(fields, message):
 def test_a_file_of_something_else_is_nobodys(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "x.bin")
     with pytest.raises(
-        AdapterFileError, match=r"is a file that no registered format reads; the formats are \['litgpt', 'loralib', "
+        AdapterFileError,
+        match=r"is a file that no registered format reads; the formats are \['gguf', 'litgpt', 'loralib', ",
     ):
         load_adapter(tiny_llama(), tmp_path / "x.bin")
     with pytest.raises(AdapterFileError, match="must hold tensors by name, found 'epoch': int"):

@@ -14,7 +14,7 @@ from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, PICKLED_WEIGHTS,
 from lightning_peft.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError
 from lightning_peft.interfaces import HF_PREFIX
 from lightning_peft.registry import Registry
-from lightning_peft.testing import tiny_llama, token_batch
+from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -48,8 +48,8 @@ def theirs(tmp_path_factory):
     return folder, logits(model)
 
 
-# The fields of HF PEFT's LoraConfig by the release that first wrote them, as its changelogs and the dataclass say; a folder of a release has
-# those of that release and of the ones before. Of 0.10 are: the first line.
+# The fields in adapter_config.json by the release that first wrote them, as folders have them that 0.10.0, 0.11.1, 0.12.0, 0.13.2, 0.14.0,
+# 0.15.2, 0.16.0, 0.17.1, 0.18.0, 0.19.1, 0.20.0 and 0.21.0 wrote; each has those of the releases before too. Of 0.10 are: the first line.
 FIELDS = {
     "0.10": "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode init_lora_weights layer_replication "
     "layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_config megatron_core modules_to_save peft_type r "
@@ -59,6 +59,8 @@ FIELDS = {
     "0.16": "qalora_group_size use_qalora",
     "0.17": "target_parameters",
     "0.18": "alora_invocation_tokens arrow_config ensure_weight_tying peft_version",
+    "0.19": "lora_ga_config use_bdlora",
+    "0.20": "monteclora_config velora_config",
     "0.21": "*",
 }
 
@@ -88,6 +90,33 @@ def test_a_folder_in_the_layout_of_any_release_is_read_as_hf_peft_reads_it(relea
     load_adapter(model, folder)
     assert relative(logits(model), expected) <= 1e-5
     assert relative(logits(peft.PeftModel.from_pretrained(tiny_llama(), folder)), expected) <= 1e-5
+
+
+def test_biases_that_older_releases_did_not_save_are_missed_with_what_to_do(tmp_path):
+    """Releases before 0.21 wrote bias='lora_only' without a single bias; 0.21 writes them as ``<place>.base_layer.bias``."""
+    model = peft.get_peft_model(
+        tiny_gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True)
+    )
+    shake(model, "lora_")
+    shake(model, "c_attn.base_layer.bias")
+    model.save_pretrained(tmp_path)
+    expected = logits(model.eval())
+    found = tiny_gpt2()
+    load_adapter(found, tmp_path)
+    assert relative(logits(found), expected) <= 1e-5
+    tensors = load_file(tmp_path / WEIGHTS)
+    kept = {key: tensor for key, tensor in tensors.items() if not key.endswith("base_layer.bias")}
+    assert len(kept) == len(tensors) - 2
+    save_file(kept, tmp_path / WEIGHTS)
+    with pytest.raises(
+        AdapterMismatchError, match="holds no bias, such as that of 'transformer.h.0.attn.c_attn': HF PEFT"
+    ):
+        load_adapter(tiny_gpt2(), tmp_path)
+    config = json.loads((tmp_path / HF_CONFIG).read_text())
+    (tmp_path / HF_CONFIG).write_text(json.dumps({**config, "bias": "none"}))
+    rest, theirs = tiny_gpt2(), peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
+    load_adapter(rest, tmp_path)
+    assert relative(logits(rest), logits(theirs)) <= 1e-5
 
 
 def pickled(folder):
