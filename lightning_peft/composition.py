@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -98,6 +100,7 @@ def inject_all(
     family: ModelFamily | str | None = None,
     trainable: bool = True,
     by_rows: bool = False,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Injection]:
     """Adapt ``model`` in place with several methods and make all of them active, the first one innermost.
 
@@ -109,6 +112,7 @@ def inject_all(
         family: the model family, or its name, where it should not be found from the model.
         trainable: whether the adapters are trained.
         by_rows: they act on rows of their own instead, so methods may meet that act alone at a place; none is active.
+        around: called with each name; the adapter of that name is made, with its initial values, inside the context it returns.
 
     Returns:
         What was injected where, by adapter name.
@@ -137,18 +141,10 @@ def inject_all(
     with unchanged_on_error(model):
         # By all of them, before an adapter measures what it is made for.
         prepare_base(model, list(plans.values()), known)
-        made = {
-            name: inject(
-                model,
-                one.method,
-                one.targets,
-                modules_to_save=one.modules_to_save,
-                name=name,
-                family=known,
-                trainable=trainable,
-            )
-            for name, one in chosen.items()
-        }
+        made, put = {}, partial(inject, model, family=known, trainable=trainable)
+        for name, one in chosen.items():
+            with around(name):
+                made[name] = put(one.method, one.targets, modules_to_save=one.modules_to_save, name=name)
         set_active_adapters(model, [] if by_rows else list(chosen))
         set_row_adapters(model, list(chosen) if by_rows else [])
     return made

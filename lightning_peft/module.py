@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -180,13 +180,16 @@ class PEFTModule(PEFTMixin, LightningModule):
                 )
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
-            inject_all(model, self.adaptations, by_rows=self.by_rows)
+            self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
             set_row_adapters(model, adapter_names(model))
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
+
+    def _inject(self, model: nn.Module) -> None:
+        inject_all(model, self.adaptations, by_rows=self.by_rows)
 
     def _loading_method(self) -> Method:
         """Return the method that the base is loaded for: of several, one that prepares layers while they are read.
@@ -208,11 +211,13 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         self.model.to(trainer.strategy.root_device)
         for name in names:
-            with training_batches(trainer) as batches:
-                moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
-                initialize_from_data(
-                    self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=name
-                )
+            self._initialize_one(name, trainer)
+
+    def _initialize_one(self, name: str, trainer: Trainer) -> None:
+        assert self.model is not None
+        with training_batches(trainer) as batches:
+            moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
+            initialize_from_data(self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=name)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -288,9 +293,11 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         outputs = self.predict_outputs(batch)
-        loss = self.compute_loss(outputs, batch).detach()
+        self._record(f"{stage}-{dataloader_idx}", outputs, self.compute_loss(outputs, batch).detach(), batch)
+
+    def _record(self, key: str, outputs: Any, loss: Tensor, batch: Any) -> None:
         tokens = self._tokens(outputs, batch) if self.loss is None else None
-        metrics = self._metrics_for(stage, dataloader_idx, with_tokens=tokens is not None)
+        metrics = self._metrics_for(key, with_tokens=tokens is not None)
         if tokens is None:
             metrics["loss"].update(loss, weight=rows_of(batch))
             return
@@ -311,8 +318,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
         return predicted, labels
 
-    def _metrics_for(self, stage: str, dataloader_idx: int, *, with_tokens: bool) -> Mapping[str, Metric]:
-        key = f"{stage}-{dataloader_idx}"
+    def _metrics_for(self, key: str, *, with_tokens: bool) -> Mapping[str, Metric]:
         if key not in self.metrics:
             made: dict[str, Metric] = {"loss": MeanMetric()}
             if with_tokens:

@@ -26,6 +26,7 @@ from lightning_peft import (
     set_row_adapters,
     unload_adapters,
 )
+from lightning_peft.arithmetic import low_rank_rows
 from lightning_peft.errors import ConfigError, InjectionError
 from lightning_peft.testing.subject import adapter_parameters, distance
 from lightning_peft.testing.toys import tiny_llama, token_batch
@@ -163,3 +164,31 @@ def test_a_batch_in_which_no_row_names_an_adapter_is_refused_in_training(column,
         ConfigError, match="in the column 'adapter', and batch 0 names none: it has the keys .*'input_ids'"
     ):
         make_trainer(tmp_path, max_steps=1).fit(by_rows(), DataLoader(data, batch_size=6))
+
+
+def test_ranks_that_differ_much_are_multiplied_apart(monkeypatch):
+    """Padded to one rank or not, with rows of the base among them: the same outputs and gradients."""
+    names = ["a", "a", None, "b", "b", "c", None]
+
+    def run(limit: int) -> tuple[Tensor, dict[str, Tensor]]:
+        monkeypatch.setattr(low_rank_rows, "_RUN", limit)
+        model = tiny_llama(attention_bias=True).train()
+        torch.manual_seed(0)
+        for name, method in {"a": LoRA(rank=1), "b": LoRA(rank=16, bias="lora_only"), "c": LoRA(rank=16)}.items():
+            inject(model, method, name=name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_B" in key:
+                    parameter.normal_(std=0.1)
+        set_row_adapters(model, ["a", "b", "c"])
+        ids = token_batch(rows=len(names))["input_ids"]
+        with adapter_rows(model, names):
+            out = model(input_ids=ids, labels=ids)
+            out.loss.backward()
+        return out.logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    (padded, wanted), (apart, found) = run(10**12), run(-1)
+    assert distance(apart, padded) <= 1e-5
+    assert found.keys() == wanted.keys()
+    assert all(distance(found[key], value) <= 1e-5 for key, value in wanted.items())
+    assert not torch.equal(padded, apart)  # it did go another way
