@@ -106,6 +106,12 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.torchtune_format import TorchtuneFile as TorchtuneFile
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
     from lightning_peft.plugins.vera import VeRA as VeRA
+    from lightning_peft.population import Halving as Halving
+    from lightning_peft.population import Member as Member
+    from lightning_peft.population import MemberGrid as MemberGrid
+    from lightning_peft.population import MemberResult as MemberResult
+    from lightning_peft.population import PopulationCheckpoint as PopulationCheckpoint
+    from lightning_peft.population import PopulationModule as PopulationModule
     from lightning_peft.quantized_merging import MergeReport as MergeReport
     from lightning_peft.registry import get_registry as get_registry
     from lightning_peft.routers import Assignment as Assignment
@@ -154,6 +160,7 @@ _HOME = {
     "Fused": "families",
     "GGUFAdapter": "plugins.gguf_format",
     "GGUFFile": "plugins.gguf_format",
+    "Halving": "population",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
@@ -166,6 +173,9 @@ _HOME = {
     "LoRAPlus": "plugins.lora_plus",
     "LoftQ": "plugins.loftq",
     "LoralibFile": "plugins.loralib_format",
+    "Member": "population",
+    "MemberGrid": "population",
+    "MemberResult": "population",
     "MergeAdapters": "callbacks",
     "MergeReport": "quantized_merging",
     "Method": "interfaces",
@@ -184,6 +194,8 @@ _HOME = {
     "Phase": "callbacks",
     "PhaseSchedule": "callbacks",
     "PiSSA": "plugins.pissa",
+    "PopulationCheckpoint": "population",
+    "PopulationModule": "population",
     "PrefixTuning": "plugins.prefix_tuning",
     "PromptTuning": "plugins.prompt_tuning",
     "QLoRA": "plugins.qlora",

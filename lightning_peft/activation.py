@@ -156,6 +156,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
+        known = {id(layer) for layer, _ in enabled}
+        for layer in adapter_layers(model).values():
+            if id(layer) not in known:  # it came within the block
+                layer.enable(all(was_enabled for _, was_enabled in enabled))
         for layer, was_enabled in enabled:
             layer.enable(was_enabled)
         for layer, state in merged:

@@ -25,6 +25,8 @@ from lightning_peft.registry import get_registry
 from lightning_peft.weight_files import parse_safetensors, read_tensors
 
 WEIGHTS, HF_CONFIG, OWN_CONFIG = "adapter_model.safetensors", "adapter_config.json", "lightning_peft.json"
+INDEX = "lightning_peft_adapters.json"
+"""Says which adapters a folder and its sub-folders hold, which are active and how they are scaled."""
 PICKLED_WEIGHTS = "adapter_model.bin"
 """What HF PEFT writes under ``safe_serialization=False``, and wrote before it had safetensors."""
 FORMAT_VERSION = 1

@@ -287,7 +287,7 @@ class AdapterLayer(nn.Module):
     def _restore(self, originals: Mapping[str, Tensor]) -> None:
         for key, value in originals.items():
             parameter = self.base_layer.get_parameter(key)
-            parameter.data = value.to(parameter.device)
+            parameter.data = value.to(parameter)  # the model may have moved, or been cast, since
 
     # -- looking like the base -------------------------------------------------------------------------------------
 
@@ -365,7 +365,7 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of all adapters in ``model``, in the order they were added."""
+    """Return the names of all adapters in ``model``, place by place, at each in the order they were added."""
     return list(dict.fromkeys(name for layer in adapter_layers(model).values() for name in layer.adapters))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,9 +172,9 @@ def _check_hf_targets(
         raise AdapterMismatchError(
             f"{str(folder.weights)!r} holds no adapter tensor: its keys are {sorted(folder.tensors)[:3]}"
         )
-    if not isinstance(names, list) or hf.get("layers_to_transform") is not None or hf.get("exclude_modules"):
+    if not isinstance(names, list) or not _plain_rule(hf):
         return  # a regular expression from a file is never run; the tensors alone say where they belong
-    wanted = {place for place in modules if _named(place, names)}
+    wanted = {place for place in modules if _chosen(place, names, hf)}
     wanted |= {
         place
         for place, module in modules.items()
@@ -186,7 +188,7 @@ def _check_hf_targets(
         extra = sorted(set(extra) - {target.path for target in method.expand(model, asked, family)})
     if missing or extra:
         raise AdapterMismatchError(
-            f"{str(folder.path)!r}: target_modules {[*names, *parameters]} of {HF_CONFIG} and the tensors of {folder.weights.name} do not agree. "
+            f"{str(folder.path)!r}: target_modules {[*names, *parameters]}{_beside(hf)} of {HF_CONFIG} and the tensors of {folder.weights.name} do not agree. "
             f"Modules without tensors: {missing[:5]} ({len(missing)}); tensors for other modules: {extra[:5]} ({len(extra)})"
         )
 
@@ -222,10 +224,45 @@ def check_tensors(
             raise AdapterMismatchError(
                 f"{where!r}: {key!r} has shape {tuple(found[key].shape)}, this model needs {tuple(tensor.shape)}: another base, or another rank"
             )
-        if not found[key].is_floating_point() or not torch.isfinite(found[key]).all():
+        # In the precision it is loaded in, where a value of a wider one may be too large.
+        if not found[key].is_floating_point() or not torch.isfinite(found[key].to(tensor.dtype)).all():
             raise AdapterMismatchError(
-                f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers"
+                f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers in {tensor.dtype}"
             )
+
+
+def _beside(hf: Mapping[str, Any]) -> str:
+    rules = [f"{key} {hf[key]}" for key in ("exclude_modules", "layers_to_transform") if hf.get(key) not in (None, [])]
+    return "".join(f", {rule}" for rule in rules)
+
+
+def _plain_rule(hf: Mapping[str, Any]) -> bool:
+    """Tell whether no regular expression of a file decides which of the named modules are adapted."""
+    excluded, layers, around = (hf.get(key) for key in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    around = [around] if isinstance(around, str) else around or []
+    return (
+        (not excluded or isinstance(excluded, list))
+        and (layers is None or isinstance(layers, (int, list)))
+        and all(isinstance(word, str) and re.fullmatch(r"[A-Za-z0-9_]+", word) for word in around)
+    )
+
+
+def _chosen(place: str, names: Sequence[str], hf: Mapping[str, Any]) -> bool:
+    """Tell whether HF PEFT adapts a module under ``names``, by the rule for ``exclude_modules`` and ``layers_to_transform``.
+
+    The number of a layer is the first one behind a name, or behind one of ``layers_pattern``. It does not count for a module that is named
+    by its whole path.
+    """
+    if not _named(place, names) or _named(place, hf.get("exclude_modules") or []):
+        return False
+    layers = hf.get("layers_to_transform")
+    if layers is None or layers == [] or place in names:
+        return True
+    around = hf.get("layers_pattern") or []
+    words = [around] if isinstance(around, str) else around
+    patterns = [rf"(?:.*?\.)?{word}\.(\d+)\." for word in words] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for pattern in patterns if (match := re.match(pattern, place))), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def _named(path: str, names: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.activation import active_adapters, set_active_adapters
-from lightning_peft.adapter_layer import base_parameters
+from lightning_peft.adapter_layer import adapters_named, base_parameters
 from lightning_peft.errors import CheckpointMismatchError
 from lightning_peft.fingerprint import (
     Fingerprint,
@@ -20,11 +20,14 @@ from lightning_peft.fingerprint import (
     to_json,
 )
 from lightning_peft.injection import adapted_roots, records
+from lightning_peft.scaling import adapter_scale, scale_adapters
 
 MANIFEST = "lightning_peft"
 """Key of a ``.ckpt`` under which the names, shapes and settings of its adapters stand."""
 SCHEDULE = "schedule"
 """Entry of the manifest where the active adapters change in training: those that are active by the path of their model."""
+SCALE = "scale"
+"""Entry of an adapter in the manifest: the factor of its effect."""
 VERSION = 1
 _FIELDS = ("tensors", "adapters", "base")
 _LABELS = ("method", "fields", "places", "active", "position", "modules_to_save")
@@ -121,6 +124,7 @@ def _adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
             "fields": injection.method.to_config(),
             "places": injection.paths,
             "active": name in active[path],
+            **({SCALE: adapter_scale(root, name)} if _scalable(root, name) else {}),
             **({"position": active[path].index(name)} if name in active[path] and len(active[path]) > 1 else {}),
             **({"modules_to_save": [target.path for target in injection.saved]} if injection.saved else {}),
         }
@@ -129,14 +133,25 @@ def _adapters(module: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
+def _scalable(root: nn.Module, name: str) -> bool:
+    return all(adapter.scalable for adapter in adapters_named(root, name).values())
+
+
+def take_scales(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Let the adapters of ``module`` act as strongly as they did when a checkpoint that fits it was saved; older ones do not say."""
+    for path, root in roots_by_path(module).items():
+        stored = {name: checkpoint[MANIFEST]["adapters"][f"{path}:{name}"].get(SCALE) for name in records(root)}
+        scale_adapters(root, {name: scale for name, scale in stored.items() if scale is not None})
+
+
 def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any], labels: Sequence[str]) -> None:
     if stored.keys() != here.keys():
         raise CheckpointMismatchError(
             f"the checkpoint holds the adapters {sorted(stored)}, the module holds {sorted(here)}"
         )
-    for name, held in stored.items():
-        for label in labels:
-            if held.get(label) != here[name].get(label):
+    for label in labels:
+        for name, held in stored.items():
+            if _unordered(held.get(label)) != _unordered(here[name].get(label)):
                 raise CheckpointMismatchError(
                     f"adapter {name!r}: {label} of the checkpoint and of the module differ: "
                     f"{_first_difference(held.get(label), here[name].get(label))}. Resume with the settings of the checkpoint, or start a new run "
@@ -144,7 +159,15 @@ def _compare_adapters(stored: Mapping[str, Any], here: Mapping[str, Any], labels
                 )
 
 
+def _unordered(value: Any) -> Any:
+    """Return the paths of places sorted: the order they were listed in does not matter, as adapters and optimizers go by names."""
+    return sorted(value) if isinstance(value, list) else value
+
+
 def _first_difference(stored: Any, here: Any) -> str:
+    if isinstance(stored, list) and isinstance(here, list) and max(len(stored), len(here)) > 5:
+        gone, new = ([path for path in a if path not in b] for a, b in ((stored, here), (here, stored)))
+        return f"only the checkpoint has {gone[:5]} ({len(gone)}), only the module {new[:5]} ({len(new)})"
     if isinstance(stored, dict) and isinstance(here, dict):
         key = next(key for key in sorted(stored.keys() | here.keys()) if stored.get(key) != here.get(key))
         return f"{key} was {stored.get(key)!r} and is {here.get(key)!r}"

@@ -8,14 +8,17 @@ Where they meet at one place they act around one another, the first of the list 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from lightning_peft.activation import active_adapters, set_active_adapters
-from lightning_peft.adapter_files import inner_adapters, is_adapter, to_json_bytes, write_file
+from lightning_peft.adapter_files import INDEX, inner_adapters, is_adapter, to_json_bytes, write_file
 from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.base_preparation import prepare_base
 from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
@@ -31,8 +34,6 @@ from lightning_peft.state import load_adapter, planned_adapter, write_adapter
 from lightning_peft.surgery import check_name, inject, plan, resolve_family
 from lightning_peft.targets import Targets
 
-INDEX = "lightning_peft_adapters.json"
-"""File in a folder of several adapters: their names and which are active, innermost first."""
 _VERSION, _SCALED = 1, 2
 """Versions of that file: without and with factors of their effects."""
 
@@ -99,6 +100,7 @@ def inject_all(
     family: ModelFamily | str | None = None,
     trainable: bool = True,
     by_rows: bool = False,
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Injection]:
     """Adapt ``model`` in place with several methods and make all of them active, the first one innermost.
 
@@ -110,6 +112,7 @@ def inject_all(
         family: the model family, or its name, where it should not be found from the model.
         trainable: whether the adapters are trained.
         by_rows: they act on rows of their own instead, so methods may meet that act alone at a place; none is active.
+        around: called with each name; the adapter of that name is made, with its initial values, inside the context it returns.
 
     Returns:
         What was injected where, by adapter name.
@@ -138,18 +141,10 @@ def inject_all(
     with unchanged_on_error(model):
         # By all of them, before an adapter measures what it is made for.
         prepare_base(model, list(plans.values()), known)
-        made = {
-            name: inject(
-                model,
-                one.method,
-                one.targets,
-                modules_to_save=one.modules_to_save,
-                name=name,
-                family=known,
-                trainable=trainable,
-            )
-            for name, one in chosen.items()
-        }
+        made, put = {}, partial(inject, model, family=known, trainable=trainable)
+        for name, one in chosen.items():
+            with around(name):
+                made[name] = put(one.method, one.targets, modules_to_save=one.modules_to_save, name=name)
         set_active_adapters(model, [] if by_rows else list(chosen))
         set_row_adapters(model, list(chosen) if by_rows else [])
     return made
@@ -183,7 +178,7 @@ def save_adapters(
 ) -> Path:
     """Write every adapter of ``model``: ``default`` into the folder itself, each other one into a sub-folder of its name.
 
-    Unless ``default`` is the only one and unscaled, a file beside them says which there are, which are active in what order, and
+    Unless ``default`` is the only one there and unscaled, a file beside them says which there are, which are active in what order, and
     how they are scaled.
 
     Args:
@@ -206,11 +201,15 @@ def save_adapters(
     for name in names:
         write_adapter(model, _folder_of(folder, name), name, facts, fingerprint)
     scales = {name: scale for name in names if (scale := adapter_scale(model, name)) != 1.0}
-    if names != ["default"] or scales:
+    if (
+        names != ["default"] or scales or inner_adapters(folder)
+    ):  # without the file those of an earlier save would count
         active = [name for name in active_adapters(model) if name in names]
         content = {"format_version": _SCALED if scales else _VERSION, "adapters": names, "active": active}
         content |= {"scales": scales} if scales else {}
         write_file(folder / INDEX, to_json_bytes(content))
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
     return folder
 
 
@@ -251,6 +250,22 @@ def load_adapters(
         set_active_adapters(model, active)
         scale_adapters(model, scales)
     return loaded
+
+
+def stored_scales(path: str | Path) -> dict[str, float]:
+    """Return the factors that a folder holds beside its adapters, by name, of those that are scaled.
+
+    Raises:
+        AdapterFileError: the file beside them cannot be read, or has a factor that is not a finite number.
+    """
+    folder = Path(path)
+    scales = _index(folder)[2] if holds_several(folder) else {}
+    for name, factor in scales.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+            raise AdapterFileError(
+                f"{str(folder / INDEX)!r}: the scale of {name!r} must be a finite number, found {factor!r}"
+            )
+    return scales
 
 
 def holds_several(path: str | Path) -> bool:

@@ -40,6 +40,11 @@ def starts_at_once(loader: Any) -> bool:
     return getattr(loader, "starts_at_once", False) or _of_torchdata(loader)
 
 
+def keeps_its_workers(loader: Any) -> bool:
+    """Tell whether the worker processes of ``loader``, and their random numbers, outlive an epoch."""
+    return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "num_workers", 0) > 0
+
+
 def _of_torchdata(loader: Any) -> bool:
     return any(kind.__module__.startswith("torchdata.") for kind in type(loader).__mro__)
 

@@ -12,13 +12,15 @@ On request a full fingerprint is taken too: a hash of every element of every par
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters
 from lightning_peft.errors import ConfigError
@@ -65,13 +67,15 @@ class Fingerprint:
 def fingerprint(model: nn.Module) -> Fingerprint | None:
     """Return the fingerprint of the base of ``model``, or None while its weights are on the meta device.
 
-    Merged adapters do not count: the fingerprint is that of the weights before the merge. Sharded weights are gathered
-    one at a time, so all processes must call this.
+    Merged adapters do not count: the fingerprint is that of the weights before the merge. Of sharded weights each process samples its
+    part and the samples are put together, so all processes must call this; no weight is gathered.
     """
+    if id(model) in _remembered:
+        return _remembered[id(model)][0]
     named = [(name, tensor) for name, tensor in _base_tensors(model) if tensor.is_floating_point()]
     if not named or any(tensor.is_meta for _, tensor in named):
         return None
-    samples = [_sample(tensor) for _, tensor in named]
+    samples = _put_together([_sample(tensor) for _, tensor in named], [tensor for _, tensor in named])
     by_device: dict[torch.device, list[int]] = {}
     for index, sample in enumerate(samples):
         by_device.setdefault(sample.device, []).append(index)
@@ -115,6 +119,8 @@ def full_digests(model: nn.Module) -> dict[str, str]:
     32 bits that is loaded in 16 has not. It reads every weight: about a second a gigabyte of float32. Merged adapters do
     not count. Sharded weights are gathered one at a time, so all processes must call this.
     """
+    if id(model) in _remembered:
+        return _remembered[id(model)][1]
     found = {}
     for name, tensor in _base_tensors(model):
         if tensor.is_floating_point() and not tensor.is_meta:
@@ -126,6 +132,26 @@ def full_digests(model: nn.Module) -> dict[str, str]:
                 digest.update(memoryview(values.contiguous().numpy()).cast("B"))
             found[name] = digest.hexdigest()[:32]
     return found | {f"{path} (packed)": digest for path, digest in packed_digests(model).items()}
+
+
+_remembered: dict[int, tuple[Fingerprint | None, dict[str, str]]] = {}
+
+
+@contextlib.contextmanager
+def remembered(models: Iterable[nn.Module], *, full: bool) -> Iterator[None]:
+    """Take the fingerprints of ``models`` now, by all processes, so that one of them can ask for these in a ``with`` block alone.
+
+    Args:
+        models: whose weights may be sharded and do not change in the block.
+        full: whether to hash all weights too.
+    """
+    taken = {id(model): (fingerprint(model), full_digests(model) if full else {}) for model in models}
+    _remembered.update(taken)
+    try:
+        yield
+    finally:
+        for key in taken:
+            del _remembered[key]
 
 
 def full_differences(stored: Mapping[str, Any], model: nn.Module, left_out: Set[str] = frozenset()) -> list[str]:
@@ -189,9 +215,44 @@ def _overwritten(model: nn.Module) -> frozenset[str]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    whole: Any = tensor.detach()
-    flat: Tensor = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)  # sharded, or not
-    return flat[sampled_places(flat.numel()).to(flat.device)].to(torch.float32).to(torch.bfloat16)
+    """Return the sampled elements of a tensor; of one that is sharded by rows, zero for those of other processes."""
+    here: Any = tensor.detach()
+    if _by_rows(here):
+        local = here.to_local()
+        first = compute_local_shape_and_global_offset(here.shape, here.device_mesh, here.placements)[1][0]
+        row = here.numel() // here.shape[0]
+        places = sampled_places(here.numel()).to(local.device) - first * row
+        own = (places >= 0) & (places < local.numel())
+        sample: Tensor = local.new_zeros(len(places))
+        sample[own] = local.reshape(-1)[places[own]]
+    else:
+        flat: Tensor = (here.full_tensor() if hasattr(here, "full_tensor") else here).reshape(-1)
+        sample = flat[sampled_places(flat.numel()).to(flat.device)]
+    return sample.to(torch.float32).to(torch.bfloat16)
+
+
+def _by_rows(tensor: Any) -> bool:
+    """Tell whether a tensor is sharded over processes by its first dimension, and in no other way."""
+    placements = getattr(tensor, "placements", ())
+    shards = [placement for placement in placements if not placement.is_replicate()]
+    return len(shards) == 1 and shards[0].is_shard(0) and tensor.shape[0] > 0
+
+
+def _put_together(samples: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Return the samples with those elements that other processes hold, in one exchange a mesh."""
+    of_mesh: dict[Any, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        here: Any = tensor
+        if _by_rows(here):
+            dim = next(i for i, placement in enumerate(here.placements) if not placement.is_replicate())
+            of_mesh.setdefault(here.device_mesh.get_group(dim), []).append(number)
+    for group, numbers in of_mesh.items():
+        joined = torch.cat([samples[number] for number in numbers]).float()
+        torch.distributed.all_reduce(joined, group=group)  # every element is zero with all but one
+        parts = torch.split(joined.to(torch.bfloat16), [samples[number].numel() for number in numbers])
+        for number, part in zip(numbers, parts, strict=True):
+            samples[number] = part
+    return samples
 
 
 def sampled_places(elements: int) -> Tensor:

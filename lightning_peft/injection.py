@@ -60,8 +60,10 @@ def record(model: nn.Module, name: str) -> Injection:
     """
     adapters_named(model, name)
     if name not in records(model):
+        inner = any(name in records(root) for root in adapted_roots(model))
+        where = "a part of it: hand over that part" if inner else "a model that this is a part of: hand over that model"
         raise AdapterNotFoundError(
-            f"adapter {name!r} lives inside {type(model).__name__}, but was injected into a part of it: hand over that part"
+            f"adapter {name!r} lives inside {type(model).__name__}, but was injected into {where}"
         )
     return records(model)[name]
 

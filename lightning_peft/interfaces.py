@@ -221,6 +221,8 @@ class Method(Named, ABC):
 
     hf_prefix: ClassVar[str] = HF_PREFIX
     """What HF PEFT puts before the path of a module in files of ``peft_type``."""
+    transformers_loads: ClassVar[bool] = True
+    """``load_adapter`` of transformers reads the folders that HF PEFT does; pages of folders then say how."""
 
     @abstractmethod
     def supports(self, module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from lightning_peft.errors import AdapterNotFoundError
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter
 from lightning_peft.offloading import offloaded_to, rename_offloaded
+from lightning_peft.rows import refuse_in_rows
 from lightning_peft.scaling import adapter_scale
 from lightning_peft.surgery import check_name
 
@@ -100,7 +101,8 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     Raises:
         AdapterNotFoundError: the model has no adapter ``old``, or only a part of it was handed over.
         ConfigError: ``new`` is no name.
-        InjectionError: ``new`` is taken. The model is unchanged in all of these cases.
+        InjectionError: ``new`` is taken, or a block of :func:`~lightning_peft.rows.adapter_rows` uses ``old``. The model is unchanged in
+            all of these cases.
 
     Example:
         >>> import torch
@@ -120,6 +122,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         raise AdapterNotFoundError(
             f"adapter {old!r} was injected into a model that {type(model).__name__} is a part of: hand over that model"
         )
+    refuse_in_rows(model, old, f"adapter {old!r} cannot be renamed")
     for layer in adapter_layers(model).values():
         if old in layer.adapters:
             layer.rename(old, new)

@@ -91,7 +91,12 @@ def _label(path: str, key: str) -> str:
 
 
 def updates_in(model: nn.Module, name: str) -> Updates:
-    """Return the updates of the adapter ``name`` in ``model``; places that follow another's tensors are left out."""
+    """Return the updates of the adapter ``name`` in ``model``; places that follow another's tensors are left out.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+        ConfigError: the adapter is something else than low-rank updates, or has values that are not finite.
+    """
     injection, what = record(model, name), f"adapter {name!r}"
     if injection.method.exact_packed_base:
         raise ConfigError(
@@ -119,6 +124,9 @@ def updates_in(model: nn.Module, name: str) -> Updates:
                 f"{what} is a {injection.method.name!r} adapter, which at {path!r} is not one low-rank product but {sorted(rest) or 'nothing'}; "
                 + _ADVICE
             )
+        for pair in found.values():
+            if not (torch.isfinite(pair.down).all() and torch.isfinite(pair.up).all()):
+                raise ConfigError(f"{what} has values at {path!r} that are not finite: its training has diverged")
         pairs[path] = found
     return Updates(pairs=pairs, origin=what, tied=frozenset(tied))
 

@@ -23,6 +23,7 @@ from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.quantized_merging import MergeReport, Quantized, WeightError, dense_dtype, merge_quantized
+from lightning_peft.rows import refuse_in_rows
 
 
 def merge_adapters(
@@ -52,16 +53,18 @@ def merge_adapters(
         ConfigError: an argument is out of its range, or an adapter is not active that ``probe`` is to measure.
         MergeError: one is merged already, its method cannot merge, a weight is shared with a module that is not
             adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
+        InjectionError: the model is in a block of :func:`~lightning_peft.rows.adapter_rows`, whose rows share the base.
     """
     if quantized not in get_args(Quantized):
         raise ConfigError(f"quantized must be one of {', '.join(get_args(Quantized))}, got {quantized!r}")
     names = chosen_names(model, names)
     check_mergeable(model, names, quantized)
-    fetch_offloaded(model, names)
+    refuse_in_rows(model, None, f"adapter {names[0]!r} cannot be merged")
     if probe is not None and (idle := [name for name in names if name not in active_adapters(model)]):
         raise ConfigError(
             f"probe compares with the adapted model, but adapter {idle[0]!r} is not active; activate it first"
         )
+    fetch_offloaded(model, names)
     expected = None if probe is None else outputs(model, probe)
     layers = adapter_layers(model)
     errors: dict[str, WeightError] = {}

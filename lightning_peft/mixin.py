@@ -16,9 +16,9 @@ from typing_extensions import Self
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
-from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_schedule
+from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_scales, take_schedule
 from lightning_peft.checkpoint_size import with_shared_names, with_shared_scalars
-from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning, MergeError
 from lightning_peft.injection import adapted_roots
 from lightning_peft.interfaces import Adapter
 from lightning_peft.optimizer_settings import PARAMETERS, SameOptimizers
@@ -86,6 +86,22 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         super().train(mode)
         self._keep_statistics()
         return self
+
+    def on_fit_start(self) -> None:
+        """Refuse to train where all that would be trained is merged.
+
+        Raises:
+            MergeError: so it is.
+        """
+        merged = _merged(self)
+        kept_still = {id(parameter) for _, adapter in merged for parameter in adapter.parameters()}
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if merged and all(id(parameter) in kept_still for parameter in trained):
+            raise MergeError(
+                f"adapter {merged[0][0]!r} is merged into the base and would not be trained, and nothing else would; call "
+                "unmerge_adapters(model) before fit"
+            )
+        super().on_fit_start()
 
     def on_train_start(self) -> None:
         """Put frozen batch normalisation into eval mode, whoever put the model into train mode."""
@@ -190,10 +206,17 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
 
         Raises:
             CheckpointMismatchError: they are not the same; the message lists both sides.
+            MergeError: an adapter is merged here, so that the base would go on acting with the values it had.
         """
+        for name, _ in _merged(self):
+            raise MergeError(
+                f"adapter {name!r} is merged into the base, which would keep the values it has now, whatever the checkpoint holds; call "
+                "unmerge_adapters(model) first, or load the checkpoint into a new module"
+            )
         self._fit_to(checkpoint)
         take_schedule(checkpoint, self)
         check_manifest(checkpoint, self, self.state_dict(), check_base=self.check_base)
+        take_scales(checkpoint, self)
         super().on_load_checkpoint(checkpoint)
 
     def _fit_to(self, checkpoint: Mapping[str, Any]) -> None:
@@ -209,6 +232,12 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
                     assert isinstance(adapter, Adapter)
                     prefix = f"{paths[id(adapter)].replace('_checkpoint_wrapped_module.', '')}."
                     adapter.fit_to({key[len(prefix) :]: v for key, v in shapes.items() if key.startswith(prefix)})
+
+
+def _merged(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the adapters in ``module`` that are merged, with their names."""
+    layers = [layer for root in adapted_roots(module) for layer in adapter_layers(root).values()]
+    return [(name, layer.adapters[name]) for layer in layers for name in layer.merged]
 
 
 def _frozen_tensors(root: nn.Module) -> list[Tensor]:

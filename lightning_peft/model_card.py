@@ -147,12 +147,14 @@ def _loading(injection: Injection, own: Mapping[str, Any], base: str | None, pre
         "## How to load it\n\nThe folder of this page is `path/to/adapter`. With lightning_peft, which compares the base first:\n",
         f'```python\n{start}from lightning_peft import load_adapter\n\n{load}\nload_adapter(base, "path/to/adapter")\n```\n',
     ]
-    if method.peft_type and start:
+    if (
+        method.peft_type and start and not method.exact_packed_base
+    ):  # those weights are not the base that is loaded here
         blocks.append(
             f"With HF PEFT:\n\n```python\n{start}from peft import PeftModel\n\n{load}\n"
             'model = PeftModel.from_pretrained(base, "path/to/adapter")\n```\n'
         )
-        if method.hf_prefix == HF_PREFIX:
+        if method.hf_prefix == HF_PREFIX and method.transformers_loads:
             blocks.append(
                 f'With transformers:\n\n```python\n{start}\n{load}\nbase.load_adapter("path/to/adapter")\n```\n'
             )

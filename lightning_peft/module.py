@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
+from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.batch_parts import (
     MeanPerplexity,
     field_of,
@@ -179,13 +180,16 @@ class PEFTModule(PEFTMixin, LightningModule):
                 )
         else:
             model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
-            inject_all(model, self.adaptations, by_rows=self.by_rows)
+            self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
             set_row_adapters(model, adapter_names(model))
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
+
+    def _inject(self, model: nn.Module) -> None:
+        inject_all(model, self.adaptations, by_rows=self.by_rows)
 
     def _loading_method(self) -> Method:
         """Return the method that the base is loaded for: of several, one that prepares layers while they are read.
@@ -207,11 +211,13 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         self.model.to(trainer.strategy.root_device)
         for name in names:
-            with training_batches(trainer) as batches:
-                moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
-                initialize_from_data(
-                    self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=name
-                )
+            self._initialize_one(name, trainer)
+
+    def _initialize_one(self, name: str, trainer: Trainer) -> None:
+        assert self.model is not None
+        with training_batches(trainer) as batches:
+            moved = (move_data_to_device(batch, trainer.strategy.root_device) for batch in batches)
+            initialize_from_data(self.model, moved, lambda b: self.compute_loss(self.predict_outputs(b), b), name=name)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,8 +259,18 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch and log it as ``train_loss``."""
+        """Return the loss of a batch and log it as ``train_loss``.
+
+        Raises:
+            ConfigError: with ``by_rows``, no row of the batch names an adapter, so that there is nothing to train.
+        """
         loss = self.compute_loss(self.predict_outputs(batch), batch)
+        if self.by_rows and torch.is_grad_enabled() and not loss.requires_grad:
+            found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ConfigError(
+                f"by_rows=True trains adapters on the rows that name them in the column {ADAPTER_COLUMN!r}, and batch {batch_idx} names none: it has "
+                f"{found}; name an adapter for one of its rows at least"
+            )
         self.log("train_loss", loss, prog_bar=True, batch_size=rows_of(batch))
         return loss
 
@@ -277,9 +293,11 @@ class PEFTModule(PEFTMixin, LightningModule):
 
     def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
         outputs = self.predict_outputs(batch)
-        loss = self.compute_loss(outputs, batch).detach()
+        self._record(f"{stage}-{dataloader_idx}", outputs, self.compute_loss(outputs, batch).detach(), batch)
+
+    def _record(self, key: str, outputs: Any, loss: Tensor, batch: Any) -> None:
         tokens = self._tokens(outputs, batch) if self.loss is None else None
-        metrics = self._metrics_for(stage, dataloader_idx, with_tokens=tokens is not None)
+        metrics = self._metrics_for(key, with_tokens=tokens is not None)
         if tokens is None:
             metrics["loss"].update(loss, weight=rows_of(batch))
             return
@@ -300,8 +318,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
         return predicted, labels
 
-    def _metrics_for(self, stage: str, dataloader_idx: int, *, with_tokens: bool) -> Mapping[str, Metric]:
-        key = f"{stage}-{dataloader_idx}"
+    def _metrics_for(self, key: str, *, with_tokens: bool) -> Mapping[str, Metric]:
         if key not in self.metrics:
             made: dict[str, Metric] = {"loss": MeanMetric()}
             if with_tokens:

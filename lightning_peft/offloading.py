@@ -132,6 +132,18 @@ def fetch_offloaded(model: nn.Module, names: Iterable[str]) -> None:
             _fetch(model, name, held)
 
 
+def reach_offloaded(model: nn.Module, names: Iterable[str]) -> None:
+    """Have the adapters ``names`` on the device of the base, because rows of a batch use them; a mapped file is on the CPU's."""
+    state = _state(model)
+    layers = adapter_layers(model) if state.adapters else {}
+    for name in names if state.adapters else ():
+        held = state.adapters.get(name)
+        if held is not None and held.away:
+            pairs = ((layers[path].base_layer, adapter) for path, adapter in adapters_named(model, name).items())
+            if any(tensor.device != _home(base) for base, adapter in pairs for tensor in adapter.parameters()):
+                _fetch(model, name, held)
+
+
 def send_inactive(model: nn.Module, before: Iterable[str]) -> None:
     """Offload what does not act any more; ``before`` are the adapters that may have acted until now."""
     state = _state(model)
@@ -203,7 +215,8 @@ def _destination(to: str | Path | torch.device) -> torch.device | Path:
 
 
 def _acting(model: nn.Module) -> set[str]:
-    return {name for layer in adapter_layers(model).values() for name in (*layer.active, *layer.merged)}
+    layers = adapter_layers(model).values()
+    return {name for layer in layers for name in (*layer.active, *layer.merged, *layer._in_rows)}
 
 
 def _tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -248,13 +261,16 @@ def _mapped(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
             os.unlink(file)
 
 
+def _home(base: nn.Module) -> torch.device:
+    return next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+
+
 @torch.no_grad()
 def _fetch(model: nn.Module, name: str, held: _Offloaded) -> None:
     layers = adapter_layers(model)
     moved: dict[int, tuple[Tensor, Tensor]] = {}
     for path, adapter in adapters_named(model, name).items():
-        base = layers[path].base_layer
-        home = next((t.device for t in (*base.parameters(), *base.buffers())), torch.device("cpu"))
+        home = _home(layers[path].base_layer)
         for tensor in (*adapter.parameters(), *adapter.buffers()):
             if id(tensor) not in moved:
                 moved[id(tensor)] = tensor, tensor.data.to(home, copy=isinstance(held.to, Path))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.adapter_layer import adapter_layers
+from lightning_peft.adapter_layer import adapter_layers, adapters_named
 from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.interfaces import Adapter
 
@@ -16,18 +16,22 @@ RATIO = "lr_ratio"
 """Key of a parameter group: the factor of its learning rate."""
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Return the trained parameters of ``module`` as optimizer groups.
+def parameter_groups(module: nn.Module, adapter: str | None = None) -> list[dict[str, Any]]:
+    """Return the trained parameters of ``module``, or those of one ``adapter`` in it, as optimizer groups.
 
     Matrices and vectors are in groups of their own, the vectors without weight decay; so are parameters whose adapter asks
     for a learning rate of its own, with the factor under ``"lr_ratio"`` for :func:`scale_learning_rates`.
 
     Raises:
+        AdapterNotFoundError: there is no such adapter.
         ConfigError: nothing is trained.
     """
     ratios = _ratios(module)
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if adapter is not None:
+        own = {id(p) for one in adapters_named(module, adapter).values() for p in one.parameters()}
+        trained = [parameter for parameter in trained if id(parameter) in own]
     if not trained:
         raise ConfigError("no parameter is trained; is the adapter active and trainable?")
     # Matrices come before vectors, and the usual learning rate before others.

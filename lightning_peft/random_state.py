@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,27 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def state_for(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """Return the state of a process out of those of all processes that saved one, which may have been fewer.
+
+    A process that was not there gets one of its own, drawn from that of another: the same in every run, and not the other's numbers.
+    """
+    state = states[rank % len(states)]
+    if rank < len(states):
+        return state
+    now = random_state()
+    try:
+        set_random_state(state)
+        for _ in range(rank // len(states)):
+            seed = random.getrandbits(32)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        return random_state()
+    finally:
+        set_random_state(now)
 
 
 def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from lightning_peft.gathered_gradients import (
     plain_gradients,
     restore_gradients,
 )
-from lightning_peft.random_state import of_all_processes, random_state, set_random_state
+from lightning_peft.random_state import of_all_processes, random_state, set_random_state, state_for
 from lightning_peft.weight_files import survives_saving
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class ExactResume(_Host):
     _next_epoch: tuple[dict[str, Any], dict[str, Any], Any] | None = None
     _sample: list[Any] | None = None
     _quiet: warnings.catch_warnings[Any] | None = None
+    _other_processes = False  # than those that saved the checkpoint
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -120,10 +121,9 @@ class ExactResume(_Host):
                 f"the checkpoint holds the gathered gradients of {len(checkpoint[GRADIENTS])} processes and this run has {processes}, so they are "
                 "left out; resume with as many processes to go on exactly"
             )
-        if len(states) != processes:
-            return  # saved by another number of processes: there is no state for each
-        self._resume_from, self._resume_within_epoch = states[rank], within_epoch
-        self._resume_position = checkpoint.get(POSITIONS, [None] * processes)[rank]  # older checkpoints have none
+        self._resume_from, self._resume_within_epoch = state_for(states, rank), within_epoch
+        positions = checkpoint.get(POSITIONS) or [None]  # older checkpoints have none
+        self._resume_position, self._other_processes = positions[rank % len(positions)], len(states) != processes
         if self.trainer.strategy.restore_checkpoint_after_setup:
             self._resume_random_state()  # on_fit_start is over already
 
@@ -177,16 +177,29 @@ class ExactResume(_Host):
             )
             position.start_again(self.trainer, *begun)
             self._epoch_start = {"fit": start["fit"], "epoch": begun[0], "generators": begun[1]}
+        persistent = _names([loader for loader in loaders if position.keeps_its_workers(loader)])
         if not self._resume_within_epoch:
+            if persistent:
+                self._warn(
+                    f"the workers of {persistent} are persistent (persistent_workers=True): in the run that was not interrupted they go on with the "
+                    "random numbers of the epoch before, which a checkpoint cannot hold; if the data draws random numbers in workers, this run "
+                    "does not resume exactly. Set persistent_workers=False"
+                )
             return
         self._hush()
         batch, drew = position.skip_batches(self.trainer, position.batches_done(self.trainer))
         known, here = stored["sample"], [] if batch is None else position.sample_of(position.as_trained(self, batch))
-        if not drew and not position.same_samples(known, here):
+        if not drew and not self._other_processes and not position.same_samples(known, here):
+            cause = (
+                f"as the workers of {persistent} are persistent and went on with random numbers of the epochs before; this run does not resume "
+                "exactly. Set persistent_workers=False, or take a"
+                if persistent and start["epoch"] is not None
+                else "as its order does not come from the random numbers of python, numpy or torch nor from the generator of the loader or its "
+                "sampler; this run does not resume exactly. Take a"
+            )
             self._warn(
-                f"{_names(loaders)} did not give the batches again that it gave before the checkpoint, as its order does not come from the random "
-                "numbers of python, numpy or torch nor from the generator of the loader or its sampler; this run does not resume exactly. Take a "
-                "loader with state_dict and load_state_dict, such as torchdata's StatefulDataLoader or ResumableDataLoader"
+                f"{_names(loaders)} did not give the batches again that it gave before the checkpoint, {cause} loader with state_dict and "
+                "load_state_dict, such as torchdata's StatefulDataLoader or ResumableDataLoader"
             )
         set_random_state(state)
         position.set_generator_states(self.trainer, stored["generators"])

@@ -26,6 +26,7 @@ from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, adapted_roots, records
 from lightning_peft.interfaces import Adapter
+from lightning_peft.offloading import fetch_offloaded, reach_offloaded
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
 
 Row: TypeAlias = str | Sequence[str] | None
@@ -60,6 +61,7 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
     """
     layers = adapter_layers(model)
     rows = _checked(model, names, layers)
+    reach_offloaded(model, dict.fromkeys(name for row in rows for name in row))
     plan = RowPlan(rows, {id(layer): path for path, layer in layers.items()})
     outer = {path: layer._rows for path, layer in layers.items()}
     for layer in layers.values():
@@ -85,6 +87,7 @@ def set_row_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
     layers = adapter_layers(model)
     _check_names(model, names, layers)
+    fetch_offloaded(model, names)
     for layer in layers.values():
         layer.train_in_rows(names)
 
@@ -255,6 +258,19 @@ class _Left:
 
 
 _left = _Left()
+
+
+def refuse_in_rows(model: nn.Module, name: str | None, what: str) -> None:
+    """Refuse a change inside a block of :func:`adapter_rows`, to one of whose rows the adapter ``name`` belongs; None stands for any block.
+
+    Raises:
+        InjectionError: the model is in such a block.
+    """
+    for layer in adapter_layers(model).values():
+        if isinstance(layer._rows, RowPlan) and (name is None or any(name in row for row in layer._rows.rows)):
+            raise InjectionError(
+                f"{what} inside a block of adapter_rows, whose rows would have other adapters than those named; leave the block first"
+            )
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ def scale_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     """Set the factors of the effects of adapters; with several of them active that is a weighted sum.
 
     A factor replaces the one before: 1.0 is the adapter as it was trained, 0.0 is the base. Merging folds the scaled effect in.
-    Adapter folders and checkpoints hold the adapter without the factor; :func:`~lightning_peft.composition.save_adapters`
-    keeps it beside them.
+    Adapter folders hold the adapter without the factor; :func:`~lightning_peft.composition.save_adapters` keeps it beside them, and a
+    ``.ckpt`` holds it too.
 
     Args:
         model: an adapted model.
@@ -56,9 +56,11 @@ def scale_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
         >>> adapter_scale(model)
         0.5
     """
+    if not isinstance(scales, Mapping):
+        raise ConfigError(f"scale_adapters needs a mapping such as {{'a': 0.5}}, got {scales!r}")
     found = {name: adapters_named(model, name) for name in scales}
     for name, factor in scales.items():
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not _finite(factor):
             raise ConfigError(f"the scale of adapter {name!r} must be a finite number, got {factor!r}")
         for path, adapter in found[name].items():
             if not adapter.scalable:
@@ -75,6 +77,13 @@ def scale_adapters(model: nn.Module, scales: Mapping[str, float]) -> None:
     for name, factor in scales.items():
         for adapter in found[name].values():
             adapter.scale = float(factor)
+
+
+def _finite(factor: float) -> bool:
+    try:
+        return math.isfinite(factor)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 @contextlib.contextmanager

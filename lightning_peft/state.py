@@ -20,6 +20,7 @@ from lightning_peft import fingerprint as fp
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
+    INDEX,
     OWN_CONFIG,
     WEIGHTS,
     AdapterFolder,
@@ -115,7 +116,8 @@ def save_adapter(
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
-        AdapterFileError: the adapter has non-finite values, or no values yet (meta device).
+        AdapterFileError: the adapter has non-finite values, or no values yet (meta device); or the folder was written by
+            :func:`~lightning_peft.save_adapters` for several or scaled ones.
         ConfigError: ``fingerprint`` is neither of the two.
         OSError: the folder cannot be written.
     """
@@ -125,6 +127,11 @@ def save_adapter(
             f"adapter {name!r} has the scale {scale:g}, which an adapter folder does not hold: the folder has the adapter unscaled",
             LightningPEFTWarning,
             stacklevel=2,
+        )
+    if (Path(path) / INDEX).exists():
+        raise AdapterFileError(
+            f"{str(path)!r} was written for several or scaled adapters, and its {INDEX} would go on saying so; save_adapters(model, path) "
+            "writes all of them, or name another folder"
         )
     return write_adapter(model, path, name, facts, fingerprint)
 
@@ -159,6 +166,8 @@ def write_adapter(
     config = _own_config(
         model, injection, fingerprint, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     )
+    if HF_CONFIG not in files:  # that of an adapter of another method, which stood here
+        (folder / HF_CONFIG).unlink(missing_ok=True)
     for file, content in files.items():
         write_file(folder / file, content)
     pretrained = type(model).__module__.partition(".")[0] == "transformers"

@@ -42,6 +42,7 @@ from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.offloading import forget_offloaded
 from lightning_peft.registry import get_registry
+from lightning_peft.rows import refuse_in_rows
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
 from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
 
@@ -76,7 +77,7 @@ def inject(
 
     Raises:
         TargetError: a target matches nothing, or something that the method cannot adapt, or a module of ``modules_to_save``.
-        InjectionError: the name is taken.
+        InjectionError: the name is taken, or the model is in a block of :func:`~lightning_peft.rows.adapter_rows`.
 
     Example:
         >>> import torch
@@ -143,6 +144,7 @@ def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: b
 
 
 def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str, trainable: bool) -> Injection:
+    refuse_in_rows(model, None, f"adapter {name!r} cannot go in")
     merged = sorted({other for layer in adapter_layers(model).values() for other in layer.merged})
     if merged:
         raise MergeError(
@@ -158,8 +160,11 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         freeze(model)
     bare = any(not isinstance(module, AdapterLayer) for module, _ in made)
     parents = parents_of(model) if bare else {}
+    before = adapter_layers(model).values()
     for module, adapter in made:
         layer = module if isinstance(module, AdapterLayer) else _wrap(module, parents[id(module)])
+        if before and not any(other._enabled for other in before):  # in a block of adapters_disabled
+            layer.enable(False)
         layer.add(name, adapter, trainable=trainable)
     _keep_torch_encoders_calling(model)
     records(model)[name] = injection
@@ -200,8 +205,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises:
         AdapterNotFoundError: there is none of that name.
         MergeError: it is merged into the base; unmerge it first.
+        InjectionError: a block of :func:`~lightning_peft.rows.adapter_rows` uses it.
     """
     adapters_named(model, name)
+    refuse_in_rows(model, name, f"adapter {name!r} cannot be deleted")
     layers = {path: layer for path, layer in adapter_layers(model).items() if name in layer.adapters}
     if any(name in layer.merged for layer in layers.values()):
         raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
@@ -234,7 +241,9 @@ def unload_adapters(model: nn.Module) -> nn.Module:
 
     Raises:
         AdapterNotFoundError: there are no adapters.
+        InjectionError: a block of :func:`~lightning_peft.rows.adapter_rows` uses one.
     """
+    refuse_in_rows(model, None, "adapters cannot be unloaded")
     layers = adapter_layers(model)
     if not layers:
         raise AdapterNotFoundError(

@@ -51,9 +51,9 @@ def read_saved(path: Path, *, values: bool = True) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu" if values else "meta", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever a damaged or hostile pickle leads to
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # it is not there, or may not be read
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterFileError(
             f"{str(path)!r} cannot be read as a file of tensors (weights_only=True, so no code in it is run): {reason}"

@@ -1,15 +1,17 @@
 """A checkpoint that is not of this module is refused with both sides named, before anything of it is loaded."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import LoRA, PEFTModule
+from lightning_peft import LoRA, PEFTModule, adapter_scale, save_adapter, scale_adapters
 from lightning_peft.checkpoint_manifest import MANIFEST
 from lightning_peft.errors import CheckpointMismatchError, ConfigError
+from lightning_peft.injection import record
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(8) % 3
@@ -149,6 +151,57 @@ def test_load_from_checkpoint_is_as_strict(checkpoint, tmp_path):
     torch.save(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(CheckpointMismatchError, match="rank was 2 and is 5"):
         PEFTModule.load_from_checkpoint(tmp_path / "x.ckpt", base=net(), method=LoRA(rank=5), targets=["0"])
+
+
+def test_of_long_lists_of_places_the_difference_is_named(make_trainer, tmp_path):
+    def deep(*targets):
+        return module(targets=targets, base=nn.Sequential(*(nn.Linear(6, 6) for _ in range(9))), check_base=False)
+
+    first = deep(*"0123456")
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(
+        CheckpointMismatchError, match=r"only the checkpoint has \['0'\] \(1\), only the module \['8'\] \(1\)"
+    ):
+        make_trainer(tmp_path, max_epochs=2).fit(deep(*"1234568"), loader(), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_the_order_in_which_places_are_listed_does_not_matter(make_trainer, tmp_path):
+    def base():
+        return nn.Sequential(OrderedDict(zip(("z", "tanh", "a"), net(), strict=True)))
+
+    torch.manual_seed(3)
+    first = module(targets=["z", "a"], base=base())
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    folder = str(save_adapter(first.model, tmp_path / "x.adapter"))
+    again = PEFTModule(base(), adapter=folder, loss=nn.CrossEntropyLoss())
+    again.configure_model()
+    assert (record(first.model, "default").paths, record(again.model, "default").paths) == (["z", "a"], ["a", "z"])
+    torch.manual_seed(3)
+    straight = module(targets=["z", "a"], base=base())
+    make_trainer(tmp_path, max_epochs=2).fit(straight, loader())
+    make_trainer(tmp_path, max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "x.ckpt")
+    torch.testing.assert_close(again.state_dict(), straight.state_dict(), rtol=0, atol=0)
+
+
+def test_how_strongly_an_adapter_acts_is_in_the_checkpoint(make_trainer, tmp_path):
+    first = module()
+    first.configure_model()
+    scale_adapters(first.model, {"default": 0.25})
+    make_trainer(tmp_path, max_epochs=1).fit(first, loader())
+    first.trainer.save_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    again = module()
+    make_trainer(tmp_path, max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "x.ckpt")
+    assert adapter_scale(again.model) == 0.25
+    del content[MANIFEST]["adapters"]["model:default"]["scale"]  # as checkpoints of before
+    torch.save(content, tmp_path / "older.ckpt")
+    scale_adapters(again.model, {"default": 0.5})
+    again.on_load_checkpoint(content)
+    assert adapter_scale(again.model) == 0.5
 
 
 def test_another_choice_of_active_adapters_is_refused(refused):

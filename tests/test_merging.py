@@ -56,6 +56,18 @@ def test_a_merge_into_bfloat16_rounds_once():
     assert (rounded <= 2**-8 * exact.abs() + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_was_merged_in_one_precision_is_taken_out_in_the_one_that_the_model_was_cast_to(dtype):
+    model, expected = net(), net().to(dtype).state_dict()
+    inject(model, LoRA(rank=2), ["0", "2"])
+    shake(model)
+    merge_adapters(model)
+    model.to(dtype)
+    unmerge_adapters(model)
+    model(torch.ones(1, 16, dtype=dtype))
+    assert all(torch.equal(model[place].base_layer.weight, expected[f"{place}.weight"]) for place in (0, 2))
+
+
 def test_a_second_merge_of_one_adapter_is_refused():
     model = net()
     inject(model, LoRA(rank=2), "all_linear")

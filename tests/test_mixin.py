@@ -8,8 +8,8 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_peft import NF4, LoRA, PEFTMixin, inject
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft import NF4, LoRA, PEFTMixin, inject, merge_adapters, unmerge_adapters
+from lightning_peft.errors import CheckpointMismatchError, MergeError
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
 
@@ -126,6 +126,30 @@ def test_head_and_adapter_are_restored_and_training_goes_on(make_trainer, tmp_pa
     assert not torch.equal(before["head.weight"], resumed.head.weight)
     torch.testing.assert_close(resumed.state_dict(), straight.state_dict(), rtol=0, atol=0)
     assert sorted(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == OWN
+
+
+def test_a_checkpoint_is_not_loaded_where_the_base_would_keep_what_is_merged(configured, make_trainer, tmp_path):
+    data = DataLoader(X, batch_size=4)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    trainer.fit(configured, data)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    merge_adapters(configured.model)
+    with pytest.raises(MergeError, match="'default' is merged into the base, which would keep the values it has now"):
+        make_trainer(tmp_path, max_epochs=2).fit(configured, data, ckpt_path=tmp_path / "x.ckpt")
+    unmerge_adapters(configured.model)
+    configured.on_load_checkpoint(torch.load(tmp_path / "x.ckpt", weights_only=True))
+
+
+def test_what_is_merged_is_not_trained_and_a_fit_of_nothing_else_is_refused(configured, make_trainer, tmp_path):
+    merge_adapters(configured.model)
+    head = configured.head.weight.clone()
+    make_trainer(tmp_path, max_epochs=1).fit(configured, DataLoader(X, batch_size=4))
+    assert not torch.equal(configured.head.weight, head)
+    configured.head.requires_grad_(False)
+    with pytest.raises(
+        MergeError, match="'default' is merged into the base and would not be trained, and nothing else"
+    ):
+        make_trainer(tmp_path, max_epochs=1).fit(configured, DataLoader(X, batch_size=4))
 
 
 def test_the_statistics_of_frozen_batch_normalisation_do_not_move(configured, make_trainer, tmp_path):

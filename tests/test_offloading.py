@@ -5,6 +5,7 @@ import torch
 
 from lightning_peft import (
     LoRA,
+    adapter_rows,
     bring_back_adapters,
     delete_adapter,
     inject,
@@ -16,6 +17,7 @@ from lightning_peft import (
     rename_adapter,
     save_adapter,
     set_active_adapters,
+    set_row_adapters,
     unmerge_adapters,
 )
 from lightning_peft.errors import AdapterNotFoundError, ConfigError, InjectionError
@@ -158,6 +160,28 @@ def test_inactive_adapters_leave_the_gpu():
     set_active_adapters(model, "a")
     assert [info.device for info in list_adapters(model)] == ["cuda:0", "cpu"]
     model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="cuda")).logits.sum().backward()
+
+
+def test_adapters_that_are_trained_by_rows_stay(tmp_path):
+    model = two()
+    set_active_adapters(model, [])
+    offload_adapters(model, to=tmp_path)
+    set_row_adapters(model, "a")
+    set_active_adapters(model, [])
+    assert [info.device for info in list_adapters(model)] == ["cpu", str(tmp_path)]
+    with adapter_rows(model, ["a", "b"]):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long)).logits.sum().backward()
+    offload_adapters(model, to=tmp_path / "elsewhere")
+    assert all(p.grad is not None for key, p in model.named_parameters() if ".adapters.a." in key)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_rows_bring_adapters_to_the_gpu():
+    model = two().cuda()
+    offload_adapters(model)
+    with adapter_rows(model, ["a", "b"]):
+        model(input_ids=torch.zeros(2, 3, dtype=torch.long, device="cuda"))
+    assert [info.device for info in list_adapters(model)] == ["cuda:0", "cuda:0"]
 
 
 def test_what_cannot_be_offloaded_is_refused_and_nothing_changes(tmp_path):

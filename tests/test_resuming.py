@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import AdapterCheckpoint, LoRA, PEFTModule
@@ -368,6 +368,35 @@ def test_a_loader_that_gives_other_batches_is_named_once(fit, tmp_path):
     with pytest.warns(LightningPEFTWarning, match="OwnOrder did not give the batches again") as warned:
         cut_and_resumed(fit, tmp_path, given(OwnOrder))
     assert len([one for one in warned if "resum" in str(one.message)]) == 1
+
+
+class Noisy(Dataset):
+    """Rows in which workers change a token at random."""
+
+    def __len__(self):
+        return len(ROWS)
+
+    def __getitem__(self, index):
+        row = ROWS[index].clone()
+        row[torch.randint(8, (1,))] = 3
+        return row
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize(
+    ("every", "match"), [(4, "DataLoader did not give .* are persistent and"), (6, "in workers, this run")]
+)
+def test_workers_that_outlive_their_epoch_are_named_once(every, match, fit, tmp_path):
+    def loader(rows, **_):
+        return DataLoader(Noisy(), batch_size=2, num_workers=1, persistent_workers=True)
+
+    saving = [ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=every) for _ in range(2)]
+    fit(tmp_path, loader, seed=1, cut=11, callbacks=saving[:1])
+    with pytest.warns(LightningPEFTWarning, match=match) as warned:
+        fit(tmp_path, loader, seed=99, ckpt_path=last_checkpoint(tmp_path), callbacks=saving[1:])
+    found = [str(one.message) for one in warned if "resum" in str(one.message)]
+    assert len(found) == 1
+    assert "Set persistent_workers=False" in found[0]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -10,11 +12,14 @@ from lightning_peft import (
     adapter_scale,
     adapters_disabled,
     adapters_scaled,
+    combine_folders,
     delete_adapter,
     inject,
     load_adapter,
     load_adapters,
     merge_adapters,
+    prune_folder,
+    rename_adapter,
     save_adapter,
     save_adapters,
     scale_adapters,
@@ -161,12 +166,17 @@ def test_zero_is_the_base_and_switching_keeps_the_factor():
     assert torch.equal(logits(model), base)
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 10**400, "1", True, None])
 def test_what_is_no_finite_number_is_refused_and_nothing_changes(factor):
     model = two()
     with pytest.raises(ConfigError, match="must be a finite number, got"):
         scale_adapters(model, {"a": 0.5, "b": factor})
     assert adapter_scale(model, "a") == 1.0
+
+
+def test_names_alone_are_no_factors():
+    with pytest.raises(ConfigError, match=r"needs a mapping such as \{'a': 0.5\}, got \['a'\]"):
+        scale_adapters(two(), ["a"])
 
 
 @pytest.mark.parametrize("method", [DoRA(rank=2), NormTuning()])
@@ -217,6 +227,43 @@ def test_a_single_scaled_adapter_comes_back_scaled(tmp_path):
     again = tiny_llama()
     load_adapters(again, tmp_path)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_folder_that_is_written_again_keeps_no_factor_and_no_adapter_of_before(tmp_path):
+    model = two()
+    rename_adapter(model, "a", "default")
+    scale_adapters(model, {"default": 0.5})
+    save_adapters(model, tmp_path)
+    with pytest.raises(AdapterFileError, match="was written for several or scaled adapters"):
+        save_adapter(model, tmp_path, name="b")
+    delete_adapter(model, "b")
+    scale_adapters(model, {"default": 1.0})
+    save_adapters(model, tmp_path)
+    again = tiny_llama()
+    assert list(load_adapters(again, tmp_path)) == ["default"]
+    assert torch.equal(logits(again), logits(model))
+    (tmp_path / "alone").mkdir()
+    scale_adapters(model, {"default": 0.5})
+    save_adapters(model, tmp_path / "alone")
+    scale_adapters(model, {"default": 1.0})
+    save_adapters(model, tmp_path / "alone")
+    assert "lightning_peft_adapters.json" not in os.listdir(tmp_path / "alone")
+
+
+def test_tools_take_the_factor_of_a_folder(tmp_path):
+    model = tiny_llama()
+    inject(model, LoRA(rank=2), "query")
+    shake(model)
+    scale_adapters(model, {"default": 0.5})
+    save_adapters(model, tmp_path / "a")
+    prune_folder(tmp_path / "a", tmp_path / "pruned", rank=2)
+    combine_folders([tmp_path / "a"], tmp_path / "combined", weights=[1.0], method="cat")
+    for folder in ("pruned", "combined"):
+        again = tiny_llama()
+        load_adapter(again, tmp_path / folder)
+        torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ConfigError, match="was written for several or scaled adapters"):
+        prune_folder(tmp_path / "pruned", tmp_path / "a", rank=1)
 
 
 def test_an_index_with_a_factor_that_is_none_is_refused_and_nothing_goes_in(tmp_path):

@@ -7,7 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_peft import LoRA, active_adapters, adapter_layers, adapter_state_dict, inject, load_adapter, save_adapter
+from lightning_peft import (
+    FullFineTuning,
+    LoRA,
+    active_adapters,
+    adapter_layers,
+    adapter_state_dict,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, WEIGHTS, read_adapter
 from lightning_peft.errors import (
     AdapterConfigError,
@@ -172,6 +181,9 @@ REFUSED = {
     "keys without the prefix": (lambda f: (net(), retensor(f, lambda t: [t.update({k.removeprefix("base_model.model."): t.pop(k)}) for k in list(t) if ".0." in k])), AdapterMismatchError, "the file has the key '0.lora_[AB].weight', which does not start with 'base_model.model.'"),
     "another rank in the configuration": (lambda f: (net(), unvouched(f) if not rewrite(f / HF_CONFIG, lambda c: c.update(r=4)) else None), AdapterMismatchError, r"'0.lora_A.weight' has shape \(2, 16\), this model needs \(4, 16\)"),
     "a value that is not a number": (lambda f: (net(), retensor(f, lambda t: t["base_model.model.0.lora_A.weight"].fill_(float("nan")))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.float32\) has values that are not finite"),
+    "a value that is too large here": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.lora_A.weight": torch.full((2, 16), 1e300, dtype=torch.float64)}))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.float64\) has values that are not finite floating-point numbers in torch.float32"),
+    "not a number in eight bits": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.lora_A.weight": torch.full((2, 16), float("nan")).to(torch.float8_e4m3fn)}))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.float8_e4m3fn\) has values that are not finite"),
+    "targets that are excluded": (lambda f: (net(), unvouched(f) if not rewrite(f / HF_CONFIG, lambda c: c.update(exclude_modules=["2"], rank_pattern={})) else None), AdapterMismatchError, r"exclude_modules \['2'\] of adapter_config.json .* tensors for other modules: \['2'\] \(1\)"),
     "integers": (lambda f: (net(), retensor(f, lambda t: t.update({"base_model.model.0.lora_A.weight": torch.ones(2, 16, dtype=torch.int8)}))), AdapterMismatchError, r"'0.lora_A.weight' \(torch.int8\)"),
     "targets that are not those of the tensors": (lambda f: (net(), unvouched(f) if not rewrite(f / HF_CONFIG, lambda c: c.update(target_modules=["0"], rank_pattern={})) else None), AdapterMismatchError, r"tensors for other modules: \['2'\] \(1\)"),
 }  # fmt: skip
@@ -328,3 +340,12 @@ def test_an_adapter_saved_from_a_merged_model_still_fits_its_base(saved, tmp_pat
     again = net()
     load_adapter(again, tmp_path / "merged")
     assert torch.allclose(again(X), out, atol=1e-6)
+
+
+def test_an_adapter_that_hf_peft_does_not_know_leaves_none_of_its_configuration(saved):
+    _, folder = saved
+    model = net()
+    inject(model, FullFineTuning(), ["0"])
+    save_adapter(model, folder)
+    assert HF_CONFIG not in os.listdir(folder)
+    load_adapter(net(), folder)

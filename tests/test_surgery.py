@@ -269,11 +269,32 @@ def test_a_failed_injection_leaves_the_model_as_it_was():
     assert not adapter_layers(model)
 
 
+def test_what_is_injected_while_adapters_are_disabled_acts_when_they_act_again():
+    model, base = Net().eval(), Net().eval()
+    inject(model, LoRA(rank=2), "head", name="a")
+    with adapters_disabled(model):
+        with adapters_disabled(model):
+            inject(model, LoRA(rank=2), "all_linear", name="b")
+            for layer in adapter_layers(model).values():
+                nn.init.ones_(layer.adapters["b"].lora_B)
+        assert all(not layer._enabled for layer in adapter_layers(model).values())
+        assert torch.equal(model(IDS), base(IDS))
+    assert all(layer._enabled for layer in adapter_layers(model).values())
+    assert not torch.equal(model(IDS), base(IDS))
+
+
 def test_an_adapter_of_a_part_is_not_saved_through_the_whole(tmp_path):
     model = nn.ModuleDict({"net": Net()})
     inject(model["net"], LoRA(rank=2), "head")
     with pytest.raises(AdapterNotFoundError, match="lives inside ModuleDict, but was injected into a part of it"):
         save_adapter(model, tmp_path)
+
+
+def test_an_adapter_of_the_whole_is_not_saved_through_a_part(tmp_path):
+    model = nn.ModuleDict({"net": Net()})
+    inject(model, LoRA(rank=2), "net.head")
+    with pytest.raises(AdapterNotFoundError, match="into a model that this is a part of: hand over that model"):
+        save_adapter(model["net"], tmp_path)
 
 
 def test_adapters_are_injected_on_the_meta_device_and_materialised_after_the_base():

@@ -17,6 +17,7 @@ from lightning_peft import fingerprint as fp
 from lightning_peft.adapter_files import (
     FORMAT_VERSION,
     HF_CONFIG,
+    INDEX,
     OWN_CONFIG,
     WEIGHTS,
     AdapterFolder,
@@ -35,12 +36,16 @@ def write_lora(output: str | Path, pairs: Mapping[str, Mapping[str, Pair]], sour
     Each file is replaced atomically, and ``lightning_peft.json``, which vouches for the others, comes last.
 
     Raises:
-        ConfigError: a value is not finite, or the output is one of the sources. Nothing is written then.
+        ConfigError: a value is not finite, or the output is one of the sources or holds several adapters. Nothing is written then.
     """
     folder = Path(output)
     for source in sources:
         if folder.resolve() == source.path.resolve():
             raise ConfigError(f"the output {str(folder)!r} is one of the adapters that are read; name another folder")
+    if (folder / INDEX).exists():
+        raise ConfigError(
+            f"the output {str(folder)!r} was written for several or scaled adapters, and its {INDEX} would go on saying so; name another folder"
+        )
     tensors = {}
     for path, here in pairs.items():
         for key, pair in here.items():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_files import WEIGHTS, AdapterFolder, read_adapter
 from lightning_peft.adapter_layer import adapter_layers, adapters_named
+from lightning_peft.composition import stored_scales
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError
 from lightning_peft.injection import Injection
 from lightning_peft.interfaces import Target
@@ -48,7 +49,7 @@ def updates_of(source: Source) -> Updates:
 
 
 def updates_from(folder: AdapterFolder) -> Updates:
-    """Return the updates of a folder, which must be one of LoRA for HF PEFT."""
+    """Return the updates of a folder, which must be one of LoRA for HF PEFT, as strong as its factor beside it says."""
     hf, what = folder.hf or {}, repr(str(folder.path))
     plain = hf.get("peft_type") == "LORA" and not hf.get("use_dora") and not folder.method.exact_packed_base
     if not plain:
@@ -65,6 +66,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
             raise ConfigError(f"{what} holds {meaning} ({key}), which cannot be read without the model; load it there")
     lora, scalings = low_rank_method().from_hf_config({k: v for k, v in hf.items() if k != "modules_to_save"}), {}
     places: dict[str, dict[str, Tensor]] = {}
+    scale = stored_scales(folder.path).get("default", 1.0)
     for stored, tensor in folder.tensors.items():
         name = stored.removeprefix(folder.method.hf_prefix)
         found = re.match(r"(.+?)\.((?:base_layer\.\w+\.)?(?:lora_A\.weight|lora_B\.weight|lora_embedding_[AB]))$", name)
@@ -75,7 +77,7 @@ def updates_from(folder: AdapterFolder) -> Updates:
         places.setdefault(found[1], {})[found[2]] = tensor
     pairs = {}
     for path in sorted(places, key=_natural):
-        scalings[path] = _at(lora, path).scaling
+        scalings[path] = _at(lora, path).scaling * scale
         pairs[path], rest = paired(places[path], scalings[path], bool(hf.get("fan_in_fan_out")))
         _check_pairs(folder, path, pairs[path], rest)
     if not pairs:

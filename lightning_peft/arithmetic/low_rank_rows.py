@@ -6,17 +6,20 @@
 
 The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of three ways:
 
-    products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU
+    products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU; neighbours
+                                                       of one adapter are one longer row where that works out for all
     in turn     A (k, in), B (k, out) of each run      consecutive rows of one adapter at a time, into y; nothing is copied
     masked      A (K, in), B (K, out) of all           for few tokens: h = A x^T for every adapter, that of others set to zero
 
-Padding of batched products with zeros adds zeros to sums and gets no gradient; each adapter's parameters get the sum over its rows.
+Padding of batched products with zeros adds zeros to sums and gets no gradient; each adapter's parameters get the sum over its rows. Where
+ranks differ much, a CPU multiplies neighbours of one rank at a time instead.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
 _RUN = 300_000
-"""What a further run costs, in multiplications that the masked way may do more."""
+"""What a further run costs, in multiplications that the masked way, or padding, may do more."""
 
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
@@ -167,25 +170,85 @@ def _products(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
     fresh = adapters[0].computed(base, x)
     y: Tensor = base(x) if fresh is None else fresh
-    n, features = len(rows.index), y.shape[-1]
+    compiling = torch.compiler.is_compiling()
+    index = rows.index if compiling else _units(rows.index)
+    n, features = len(index), y.shape[-1]
     parts = x.reshape(n, -1, x.shape[-1])  # (rows, tokens, in)
     out = y.reshape(n, -1, features)  # (rows, tokens, out)
-    chosen = [row for row, place in enumerate(rows.index) if place >= 0]
-    some = rows.numbers(chosen, x.device) if len(chosen) < n else None
+    cost = parts.shape[1] * (parts.shape[2] + features)
+    ranks = [adapters[place].file_rank if place >= 0 else 0 for place in index]
+    sizes = _spans(ranks, cost) if torch.is_grad_enabled() and x.device.type == "cpu" and not compiling else [n]
+    if len(sizes) == 1:
+        return _updated(rows, index, parts, out, in_place=fresh is not None).view(*x.shape[:-1], features)
+    updated, start = [], 0
+    for size, part, piece in zip(sizes, torch.split(parts, sizes), torch.split(out, sizes), strict=True):
+        own = _part(rows, index[start : start + size])
+        updated.append(_updated(own, own.index, part, piece, in_place=False))
+        start += size
+    return torch.cat(updated).view(*x.shape[:-1], features)
+
+
+def _updated(rows: AdapterRows, index: tuple[int, ...], parts: Tensor, out: Tensor, *, in_place: bool) -> Tensor:
+    """Return out (rows, tokens, out) with the updates for parts (rows, tokens, in), whose adapters ``index`` tells."""
+    adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
+    chosen = [row for row, place in enumerate(index) if place >= 0]
+    some = rows.numbers(chosen, parts.device) if len(chosen) < len(index) else None
     if some is not None:
         parts = parts.index_select(0, some)
-    places = [rows.index[row] for row in chosen]
-    A, B = _gathered(rows, places, y)
+    places = [index[row] for row in chosen]
+    A, B = _gathered(rows, places, out)
     parts = _dropped(parts, [adapters[place].dropout if adapters[place].training else 0.0 for place in places])
-    h = torch.bmm(A, parts.to(y.dtype).transpose(1, 2)).transpose(1, 2)  # (rows, tokens, K)
-    bias = _biases(rows, places, y)
+    h = torch.bmm(A, parts.to(out.dtype).transpose(1, 2)).transpose(1, 2)  # (rows, tokens, K)
+    bias = _biases(rows, places, out)
     if some is None:
-        out = out.baddbmm_(h, B) if fresh is not None else torch.baddbmm(out, h, B)
-        out = out if bias is None else out + bias
-    else:
-        update = torch.bmm(h, B) if bias is None else torch.baddbmm(bias, h, B)
-        out = out.index_add_(0, some, update) if fresh is not None else out.index_add(0, some, update)
-    return out.view(*x.shape[:-1], features)
+        out = out.baddbmm_(h, B) if in_place else torch.baddbmm(out, h, B)
+        return out if bias is None else out + bias
+    update = torch.bmm(h, B) if bias is None else torch.baddbmm(bias, h, B)
+    return out.index_add_(0, some, update) if in_place else out.index_add(0, some, update)
+
+
+def _part(rows: AdapterRows, index: tuple[int, ...]) -> AdapterRows:
+    """Return what of ``rows`` acts on the rows that ``index`` is of."""
+    used = sorted({place for place in index if place >= 0})
+    number = {place: new for new, place in enumerate(used)}
+    return AdapterRows(
+        tuple([rows.adapters[place] for place in used]), tuple([number.get(place, -1) for place in index])
+    )
+
+
+def _spans(ranks: list[int], cost: int) -> list[int]:
+    """Return how many neighbouring rows go into one product each: all of one rank, where padding costs more than further products.
+
+    Args:
+        ranks: of the adapter of each row; 0 for the base.
+        cost: multiplications for one rank of one row.
+
+    Example:
+        >>> _spans([2, 2, 0, 32], cost=10_000), _spans([2, 2, 0, 32], cost=10)
+        ([3, 1], [4])
+    """
+    sizes: list[int] = []
+    before = 0
+    for rank in ranks:
+        if sizes and (rank in (0, before) or not before):
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+        before = rank or before
+    padding = sum([max(ranks) - rank for rank in ranks if rank]) * cost
+    return sizes if padding > _RUN * (len(sizes) - 1) else [len(ranks)]
+
+
+@functools.lru_cache(maxsize=64)
+def _units(index: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the places of rows with as many consecutive rows of one adapter taken as one longer row as fit everywhere.
+
+    Example:
+        >>> _units((0, 0, 0, 0, 1, 1)), _units((0, 1, 1))
+        ((0, 0, 1), (0, 1, 1))
+    """
+    length = math.gcd(*[len(list(run)) for _, run in itertools.groupby(index)])
+    return index[::length]
 
 
 def _gathered(rows: AdapterRows, places: list[int], y: Tensor) -> tuple[Tensor, Tensor]:

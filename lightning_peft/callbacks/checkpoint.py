@@ -16,8 +16,11 @@ from lightning_peft.callbacks.durable_io import DurableCheckpointIO
 from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.composition import save_adapters
 from lightning_peft.errors import AdapterNotFoundError
+from lightning_peft.fingerprint import remembered
+from lightning_peft.gathered_gradients import gradients_are_whole
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.model_card import CARD, CardFacts
+from lightning_peft.sharded_tensors import whole_adapters
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -50,9 +53,16 @@ class AdapterCheckpoint(ModelCheckpoint):
     @override
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            assert isinstance(trainer.lightning_module, PEFTMixin)
-            _save_adapters(trainer.lightning_module, adapter_folder(filepath), _facts(trainer))
+        module = trainer.lightning_module
+        assert isinstance(module, PEFTMixin)
+        if gradients_are_whole(trainer):  # as all tensors are
+            if trainer.is_global_zero:
+                _save_adapters(module, adapter_folder(filepath), _facts(trainer))
+            return
+        known = remembered(roots_by_path(module).values(), full=module.base_fingerprint == "complete")
+        with known, whole_adapters(module, keep=trainer.is_global_zero):
+            if trainer.is_global_zero:
+                _save_adapters(module, adapter_folder(filepath), _facts(trainer))
 
     @staticmethod
     @override

@@ -72,7 +72,8 @@ def merge(
     _load(model, adapter, check_base)
     with _replaced(folder, written_in_place=writer.atomic) as written:
         writer.export(model, written)
-        _copy_tokenizer(base, written)
+        if getattr(writer, "tokenizer", True):
+            _copy_tokenizer(base, written)
     _print_size(folder)
 
 

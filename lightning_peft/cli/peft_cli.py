@@ -17,9 +17,10 @@ from typing_extensions import override
 # Imported for their classes: the parser finds a class by its short name once its module is loaded.
 from lightning_peft import callbacks, data, loaders  # noqa: F401
 from lightning_peft.cli.arguments import PlainErrors
-from lightning_peft.cli.yaml_config import NAMED_PARTS, class_path_of, install, load, with_class_path
+from lightning_peft.cli.yaml_config import NAMED_PARTS, class_path_of, has_members, install, load, with_class_path
 from lightning_peft.errors import LightningPEFTError
 from lightning_peft.module import PEFTModule
+from lightning_peft.population import PopulationModule
 from lightning_peft.registry import get_registry
 
 
@@ -42,7 +43,8 @@ class PEFTCLI(LightningCLI):
     overwritten by the next run, and files are read as :mod:`lightning_peft.cli.yaml_config` describes.
 
     Args:
-        model_class: a LightningModule of your own, or a function that returns one; :class:`PEFTModule` if None.
+        model_class: a LightningModule of your own, or a function that returns one; if None, :class:`PEFTModule`, or
+            :class:`~lightning_peft.PopulationModule` where the model is given ``members``.
         datamodule_class: a data module to use instead of letting the user name any.
         parser_kwargs: further arguments of the parsers.
         args: the command line; ``sys.argv[1:]`` if None.
@@ -78,9 +80,8 @@ class PEFTCLI(LightningCLI):
             # Lightning still calls what jsonargparse and torch have renamed; its users can do nothing about it.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli$")
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-            super().__init__(
-                model_class or PEFTModule, datamodule_class, parser_kwargs=parser_kwargs, args=args, run=run, **kwargs
-            )
+            model_class = model_class or (PopulationModule if has_members(args or words) else PEFTModule)
+            super().__init__(model_class, datamodule_class, parser_kwargs=parser_kwargs, args=args, run=run, **kwargs)
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -119,7 +121,40 @@ def _with_class_paths(config: dict[str, Any]) -> dict[str, Any]:
             value = section.get(part)
             if value is not None:
                 section[part] = with_class_path(part, value)
+        members = section.get("members")
+        for member in members if isinstance(members, list) else [members]:
+            for part in NAMED_PARTS if isinstance(member, dict) else ():
+                for place in (member, member.get("init_args")):
+                    if isinstance(place, dict) and place.get(part) is not None:
+                        place[part] = with_class_path(part, place[part])
     return config
+
+
+def has_members(args: Any) -> bool:
+    """Tell whether a command line, a list of words or a configuration, gives the model the members of a population.
+
+    Example:
+        >>> has_members(["fit", "--model.members", "[]"]), has_members({"model": {"method": "mine"}})
+        (True, False)
+    """
+    if isinstance(args, Mapping):
+        sections = [args, *(value for value in args.values() if isinstance(value, Mapping))]
+        models = [section.get("model") for section in sections]
+        return any(isinstance(model, Mapping) and "members" in model for model in models)
+    words = list(args) if isinstance(args, (list, tuple)) else []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option == "--model.members" or option.startswith(("--model.members.", "--model.members+")):
+            return True
+        file = Path(value if equals else following)
+        if option in ("-c", "--config") and file.is_file():
+            try:
+                found = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError, yaml.YAMLError):
+                continue  # the parser says what is wrong with it
+            if has_members(found if isinstance(found, dict) else {}):
+                return True
+    return False
 
 
 def with_class_path(part: str, value: Any) -> Any:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers
-from lightning_peft.composition import saved_adapters
+from lightning_peft.composition import saved_adapters, stored_scales
 from lightning_peft.errors import ConfigError, MergeError
 from lightning_peft.field_checks import bytes_in
 from lightning_peft.merging import check_mergeable
@@ -41,6 +41,7 @@ from lightning_peft.out_of_core.checkpoints import (
     take_dtypes,
 )
 from lightning_peft.out_of_core.tensor_files import DTYPES, Planned, dtype_name, write_tensors
+from lightning_peft.scaling import scale_adapters
 from lightning_peft.side_files import copy_side_files
 
 
@@ -92,6 +93,8 @@ def merge_folder(
     expected = checkpoint_fingerprint(model, checkpoint, names) if check_base else None
     stored = [put_in(model, folder, name, expected) for name, folder in saved_adapters(adapter_folder).items()]
     set_active_adapters(model, [one.name for one in stored])
+    scales = stored_scales(adapter_folder)
+    scale_adapters(model, {one.name: scales[one.name] for one in stored if one.name in scales})
     merge = _Merge(model, checkpoint, names, stored, dtype)
     with _whole(target) as written:
         _write_shards(written, checkpoint, merge, dtype, limit)

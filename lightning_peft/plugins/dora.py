@@ -50,6 +50,8 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     ties: ClassVar[bool] = False
     composable: ClassVar[bool] = False
+    # transformers 5.23 looks for the magnitudes under another name and starts with those of the base.
+    transformers_loads: ClassVar[bool] = False
 
     @override
     def supports(self, module: nn.Module) -> bool:

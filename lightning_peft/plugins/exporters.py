@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from typing_extensions import override
 
+from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG
 from lightning_peft.adapter_layer import adapter_layers
-from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.errors import ConfigError, ExportError, MergeError
 from lightning_peft.field_checks import bytes_in, check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
@@ -64,6 +65,8 @@ class MergedTransformers(Exporter):
             raise MergeError(
                 f"{type(model).__name__} is not a transformers model; merge with merge_adapters(model) and save its state_dict yourself"
             )
+        path = Path(path)
+        _refuse_beside_adapter(path)
         with adapters_merged(model, self.quantized), adapters_taken_out(model):
             assert not adapter_layers(model)
             if self.quantized == "refuse" and packed_layers(model):
@@ -77,9 +80,27 @@ class MergedTransformers(Exporter):
                     model.save_pretrained(path, max_shard_size=bytes_in(self.max_shard_size, "max_shard_size"))  # type: ignore[operator]
             finally:
                 pack_layers(model, unpacked)
+        _delete_old_index(path)
         base = base_name(model)
         if self.tokenizer and base is not None:
             copy_tokenizer(base, path)
+
+
+def _refuse_beside_adapter(path: Path) -> None:
+    """Refuse a folder that holds an adapter: transformers would load it over weights that it is merged into."""
+    found = [name for name in (HF_CONFIG, OWN_CONFIG) if (path / name).exists()]
+    if found:
+        raise ExportError(
+            f"a merged model was to be written to {str(path)!r}, which holds an adapter ({', '.join(found)}): transformers would apply that to the "
+            "merged weights once more; name another folder"
+        )
+
+
+def _delete_old_index(path: Path) -> None:
+    """Delete the index of shards that an earlier export left and that are gone, where the weights now are one file."""
+    index = path / "model.safetensors.index.json"
+    if index.exists() and (path / "model.safetensors").exists():
+        index.unlink()
 
 
 @contextlib.contextmanager

@@ -56,6 +56,8 @@ class VeRA(Method):
     row_routable: ClassVar[bool] = True
     quantized_base: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "VERA"
+    # transformers 5.23 refuses this type of HF PEFT, for the projections that its layers share.
+    transformers_loads: ClassVar[bool] = False
 
     rank: int = 256
     """Rank of the random pair, r in the paper; it costs one trained number a layer."""

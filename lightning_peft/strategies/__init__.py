@@ -1,11 +1,12 @@
 """Strategies for several processes. They work from ``Trainer(strategy="peft_fsdp")`` and YAML once ``lightning_peft`` is imported.
 
-This module is imported with the package, so it imports nothing heavy itself: the names are registered when Lightning's strategies are
-there, at once or later.
+This module is imported with the package, so it imports nothing heavy itself: the names are registered when Lightning is there, at once
+or later.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -15,17 +16,17 @@ from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
 from typing import Any
 
-_AWAITED = "lightning.pytorch.strategies"
+_AWAITED = "lightning.pytorch"
 
-STRATEGIES = {
-    "peft_ddp": ("ddp", "PEFTDDPStrategy", "DDP for adapted models", {}),
-    "peft_fsdp": ("fsdp", "PEFTFSDPStrategy", "FSDP2 for adapted models", {}),
+STRATEGIES: dict[str, tuple[str, str, str]] = {
+    "peft_ddp": ("ddp", "PEFTDDPStrategy", "DDP for adapted models"),
+    "peft_fsdp": ("fsdp", "PEFTFSDPStrategy", "FSDP2 for adapted models"),
 }
-"""Registered name to the module here, the class, what it is, and arguments of it."""
+"""Registered name to the module here, the class, and what it is."""
 
 
 def register() -> None:
-    """Register the strategies with Lightning, now or as soon as its strategies are imported."""
+    """Register the strategies with Lightning, now or as soon as it is imported."""
     if _AWAITED in sys.modules and not _being_imported(sys.modules[_AWAITED]):
         _register()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
@@ -37,20 +38,23 @@ def _being_imported(module: ModuleType) -> bool:
 
 
 def _register() -> None:
-    registry: Any = sys.modules[_AWAITED].StrategyRegistry
-    for name, (module, kind, description, arguments) in STRATEGIES.items():
+    registry: Any = sys.modules[f"{_AWAITED}.strategies"].StrategyRegistry
+    for name, (module, kind, description) in STRATEGIES.items():
         if name not in registry:
-            strategy = getattr(importlib.import_module(f"{__name__}.{module}"), kind)
-            registry.register(name, strategy, description=description, **arguments)
+            registry.register(name, functools.partial(_made, module, kind), description=description)
+
+
+def _made(module: str, kind: str, **arguments: Any) -> Any:
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)(**arguments)
 
 
 class _Waiting(MetaPathFinder):
-    """Stands first among the finders until Lightning's strategies are imported, and then steps aside."""
+    """Stands first among the finders until Lightning is imported, and then steps aside."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Find Lightning's strategies by way of the other finders, and nothing else."""
+        """Find Lightning by way of the other finders, and nothing else."""
         if name != _AWAITED:
             return None
         sys.meta_path.remove(self)

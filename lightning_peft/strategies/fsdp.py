@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
@@ -22,9 +22,9 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
+from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement
 from lightning_peft.strategies.precision import keeping_adapters
-from lightning_peft.strategies.sharded_state import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -129,7 +129,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         check_agreement(self, module)
         refuse_unshardable(module)
         self.precision_plugin = keeping_adapters(self.precision_plugin)
-        module = self.precision_plugin.convert_module(module)
+        self.precision_plugin.convert_module(module)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments())

@@ -62,5 +62,5 @@ class FrozenHalfPrecision(HalfPrecision):
 def keeping_adapters(plugin: Precision) -> Precision:
     """Return a plugin of the same precision that does not round what is trained: ``plugin`` itself, if it does not."""
     if type(plugin) is HalfPrecision:
-        return FrozenHalfPrecision(plugin.precision)  # type: ignore[arg-type]
+        return FrozenHalfPrecision(plugin.precision)
     return plugin

@@ -23,6 +23,7 @@ from lightning_peft import (
     active_adapters,
     adapter_layers,
     adapter_names,
+    combine_adapters,
     diff_adapters,
     distil_adapter,
     extract_lora,
@@ -234,6 +235,29 @@ def test_biases_alone_become_a_lora_with_biases():
     expected = model(**token_batch()).logits
     to_lora(model, rank=2)
     torch.testing.assert_close(model(**token_batch()).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+TOOLS = {
+    "spectrum": lambda model: spectrum((model, "a")),
+    "diff": lambda model: diff_adapters((model, "a"), (model, "b")),
+    "prune": lambda model: prune_rank(model, "a", rank=1, new_name="c"),
+    "combine": lambda model: combine_adapters(model, {"a": 1.0, "b": 1.0}, method="svd", name="c"),
+    "convert": lambda model: to_lora(model, "a", rank=1, new_name="c"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_values_that_are_not_finite_are_refused_with_their_place(tool):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for name in ("a", "b"):
+        inject(model, LoRA(rank=2), ["0", "1"], name=name)
+    model[1].adapters["a"].lora_A.data[0, 0] = float("nan")
+    with pytest.raises(
+        ConfigError, match=r"adapter 'a' has values at '1' that are not finite|change of 1.weight is non-finite"
+    ):
+        TOOLS[tool](model)
+    assert adapter_names(model) == ["a", "b"]
+    assert active_adapters(model) == ["b"]
 
 
 def test_what_is_no_change_of_weights_is_refused():

@@ -1,4 +1,5 @@
 import copy
+import os
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from lightning_peft import (
 from lightning_peft.callbacks.checkpoint import adapter_folder
 from lightning_peft.callbacks.durable_io import DurableCheckpointIO
 from lightning_peft.errors import AdapterFileError, AdapterNotFoundError
+from lightning_peft.weight_files import read_saved
 
 ROWS = torch.randint(3, 61, (8, 8), generator=torch.Generator().manual_seed(5))
 METHOD = LoRA(rank=2)
@@ -297,6 +299,24 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
         io.save_checkpoint({"epoch": 2}, tmp_path / "runs" / "x.ckpt")
     assert names(tmp_path / "runs") == ["x.ckpt"]
     assert io.load_checkpoint(tmp_path / "runs" / "x.ckpt", weights_only=True) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_a_checkpoint_that_is_cut_short_is_named(length, tmp_path):
+    file = tmp_path / "x.ckpt"
+    io = DurableCheckpointIO()
+    io.save_checkpoint({"tensor": torch.zeros(9000)}, file)
+    os.truncate(file, length)
+    with pytest.raises(
+        AdapterFileError, match=r"x.ckpt' cannot be read as a checkpoint; it may be cut short or damaged"
+    ):
+        io.load_checkpoint(file, weights_only=True)
+    with pytest.raises(AdapterFileError, match=r"x.ckpt' cannot be read as a file of tensors"):
+        read_saved(file)
+    with pytest.raises(AdapterFileError, match="is a folder, and a run resumes from a .ckpt file"):
+        io.load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"y.ckpt"):
+        io.load_checkpoint(tmp_path / "y.ckpt")
 
 
 def test_a_checkpoint_io_of_the_user_stays(make_trainer, tmp_path):

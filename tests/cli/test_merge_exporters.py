@@ -51,6 +51,16 @@ def test_options_are_the_fields_of_the_exporter(saved, tmp_path):
     assert json.loads((tmp_path / "out" / "export.json").read_text())["tokens"] == 8
 
 
+def test_the_tokenizer_is_left_out_where_that_is_asked_for(saved, tmp_path):
+    saved(LoRA(rank=2), ["query"])
+    assert main(["merge", "--adapter", "adapter", "--output", "out", "--options", '{"tokenizer": false}']) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
 def test_an_adapter_of_hf_peft_names_the_base_where_it_stays(saved, tmp_path):
     peft = pytest.importorskip("peft")
     wanted = saved(MixLoRA(experts=4, rank=2, alpha=4.0))

@@ -17,7 +17,11 @@ from lightning_peft import (
     load_adapter,
     merge_adapters,
     merge_folder,
+    merged_copy,
     save_adapter,
+    save_adapters,
+    scale_adapters,
+    set_active_adapters,
     unload_adapters,
 )
 from lightning_peft.errors import BaseMismatchError, ConfigError, MergeError
@@ -127,3 +131,19 @@ def test_another_base_and_a_non_finite_result_are_refused_and_leave_nothing(tmp_
         merge_folder(tmp_path / "half", tmp_path / "huge", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert not [file for file in tmp_path.iterdir() if "partial" in file.name]
+
+
+def test_adapters_act_as_strongly_as_their_folder_says(tmp_path):
+    base, _, output = folders(tmp_path, tiny_llama(), LoRA(rank=2), ["query"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name in ("a", "b"):
+        inject(model, LoRA(rank=2), ["query"], name=name)
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for name in ("a", "b"):
+                layer.adapters[name].lora_B.normal_()
+    set_active_adapters(model, ["a", "b"])
+    scale_adapters(model, {"a": 0.5})
+    save_adapters(model, tmp_path / "several")
+    merge_folder(base, tmp_path / "several", output)
+    assert same(AutoModelForCausalLM.from_pretrained(output).state_dict(), merged_copy(model).state_dict())

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lightning_peft import LoRA, adapter_layers, get_registry, inject, load_adapter
-from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft import LoRA, adapter_layers, get_registry, inject, load_adapter, save_adapter
+from lightning_peft.errors import ConfigError, ExportError, MergeError
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -69,3 +69,19 @@ def test_gguf_files_need_a_library_that_is_named(model, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="the library gguf, which is not installed"):
         load_adapter(model, tmp_path / "adapter.gguf", name="other")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_is_not_written_beside_an_adapter_that_transformers_would_apply_again(model, tmp_path):
+    save_adapter(model, tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ExportError, match=r"holds an adapter \(adapter_config.json, lightning_peft.json\).*once more"):
+        get_registry().exporters["merged_transformers"]().export(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_second_export_in_one_file_leaves_no_index_of_the_shards_of_the_first(model, tmp_path):
+    exporter = get_registry().exporters["merged_transformers"]
+    exporter(max_shard_size="4KB").export(model, tmp_path)
+    assert "model.safetensors.index.json" in os.listdir(tmp_path)
+    exporter().export(model, tmp_path)
+    assert [name for name in sorted(os.listdir(tmp_path)) if name.startswith("model")] == ["model.safetensors"]

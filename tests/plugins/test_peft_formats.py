@@ -9,7 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_peft import LoRA, adapter_state_dict, get_registry, inject, load_adapter, save_adapter
+from lightning_peft import (
+    AdaLoRA,
+    DoRA,
+    LoftQ,
+    LoRA,
+    NormTuning,
+    VeRA,
+    adapter_state_dict,
+    get_registry,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lightning_peft.adapter_files import HF_CONFIG, OWN_CONFIG, PICKLED_WEIGHTS, WEIGHTS
 from lightning_peft.errors import AdapterFileError, AdapterMismatchError, BaseMismatchError
 from lightning_peft.interfaces import HF_PREFIX
@@ -176,6 +188,37 @@ def test_what_transformers_saves_of_a_model_with_an_adapter_is_read(prefixed, tm
     assert [n for n, kind in get_registry().adapter_formats.items() if kind().reads(tmp_path)] == [other]
 
 
+RULES = {
+    "a layer": {"layers_to_transform": [0]},
+    "a layer by its number": {"layers_to_transform": 1},
+    "no list of layers": {"layers_to_transform": []},
+    "a layer of a stack": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "a layer of one of two stacks": {"layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+    "excluded by name": {"exclude_modules": ["v_proj"]},
+    "excluded by path": {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "excluded in a layer": {"exclude_modules": ["v_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_modules_that_hf_peft_adapts_under_a_rule_are_read_and_no_others(rule, theirs, tmp_path):
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", **RULES[rule])
+    model = peft.get_peft_model(tiny_llama(), config).eval()
+    shake(model, "lora_")
+    model.save_pretrained(tmp_path / "theirs")
+    ours = tiny_llama()
+    injection = load_adapter(ours, tmp_path / "theirs")
+    assert injection.paths
+    assert relative(logits(ours), logits(model)) <= 1e-5
+    whole = shutil.copytree(theirs[0], tmp_path / "whole")  # tensors of all layers, of which HF PEFT takes some
+    shutil.copy(tmp_path / "theirs" / HF_CONFIG, whole)
+    if len(injection.paths) < 4:
+        with pytest.raises(
+            AdapterMismatchError, match="do not agree.*Modules without tensors: .. .0.; tensors for other"
+        ):
+            load_adapter(tiny_llama(), whole)
+
+
 def test_hf_peft_itself_reads_its_folder_without_the_prefix_as_the_base(theirs, tmp_path):
     """Why the layout of transformers is a format of its own: there the adapter is lost with a warning only."""
     shutil.copytree(theirs[0], tmp_path / "bare")
@@ -188,14 +231,37 @@ def test_hf_peft_itself_reads_its_folder_without_the_prefix_as_the_base(theirs, 
     assert relative(logits(again), theirs[1]) <= 1e-5
 
 
-def test_transformers_reads_our_folder(tmp_path):
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("method", [LoRA(rank=4, alpha=6), AdaLoRA(), NormTuning()], ids=lambda method: method.name)
+def test_transformers_reads_our_folder(method, tmp_path):
+    assert method.transformers_loads
     model = tiny_llama()
-    inject(model, LoRA(rank=4, alpha=6), TARGETS)
-    shake(model, "lora_")
+    inject(model, method, None if method.name == "norm_tuning" else TARGETS)
+    shake(model, "adapters.")
     save_adapter(model, tmp_path)
     again = tiny_llama()
     again.load_adapter(str(tmp_path))
     assert relative(logits(again), logits(model)) <= 1e-5
+    assert "With transformers:" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", [DoRA(rank=4), VeRA(rank=4), LoftQ(rank=4)], ids=lambda method: method.name)
+def test_a_page_shows_no_code_that_would_load_something_else(method, tmp_path):
+    model = tiny_llama()
+    inject(model, method, TARGETS)
+    shake(model, "adapters.")
+    save_adapter(model, tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "With transformers:" not in page
+    assert ("With HF PEFT:" in page) == (not method.exact_packed_base)
+    again = tiny_llama()
+    if method.name == "vera":
+        with pytest.raises(ValueError, match="does not support PeftType.VERA"):
+            again.load_adapter(str(tmp_path))
+    else:
+        again.load_adapter(str(tmp_path))
+        assert relative(logits(again), logits(model)) > 1e-3
 
 
 # -- there and back ----------------------------------------------------------------------------------------------------

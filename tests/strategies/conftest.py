@@ -105,18 +105,20 @@ def run(tmp_path):
         count[0] += 1
         losses = tmp_path / f"losses{count[0]}.json"
         used = [Losses(losses), *callbacks]
-        if save is not None:
-            used.append(AdapterCheckpoint(dirpath=save, filename="run", every_n_train_steps=steps, save_top_k=-1))
+        if save is not None or resume is not None:
+            folder = save or tmp_path / f"saved{count[0]}"
+            used.append(AdapterCheckpoint(dirpath=folder, filename="{step}", every_n_train_steps=1, save_top_k=-1))
         trainer = Trainer(
             **{
                 "accelerator": "cpu", "devices": devices, "strategy": chosen, "max_steps": steps, "logger": False, "callbacks": used,
-                "enable_checkpointing": save is not None, "enable_progress_bar": False, "enable_model_summary": False,
+                "enable_checkpointing": save is not None or resume is not None, "enable_progress_bar": False, "enable_model_summary": False,
                 "use_distributed_sampler": False, **trainer_fields,
             }
         )  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside the threads of a test runner
             warnings.filterwarnings("ignore", message=".*os.fork.*")
+            warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
             trainer.fit(module, loader, ckpt_path=resume)
         state = {key: value.clone() for key, value in module.state_dict().items()} if module.model is not None else {}
         return Run(json.loads(Path(losses).read_text()), state, module, trainer)

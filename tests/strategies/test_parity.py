@@ -37,7 +37,7 @@ def test_two_processes_train_what_one_trains(run, name, precision):
     fields = {"method": method, "precision": precision, "lr": 1e-3} | ({"model": model} if model else {})
     one, ddp, fsdp = (run(strategy, **fields) for strategy in ("single", "ddp", "fsdp"))
     assert ddp.losses == fsdp.losses
-    assert relative(ddp.losses, one.losses) <= (1e-6 if precision == "32-true" else 2e-5)
+    assert relative(ddp.losses, one.losses) <= (1e-6 if precision == "32-true" else 5e-5)
     assert len(set(one.losses)) == 4
     for key, value in ddp.state.items():
         assert torch.equal(fsdp.state[key], value), key

@@ -1,4 +1,4 @@
-"""The state of a sharded run as one device would save it, and back.
+"""Tensors that FSDP2 shards over processes, made whole, and back.
 
 A checkpoint in one file is the same whichever strategy wrote it: whole tensors by the names of the parameters, and states of
 optimizers by position. Only what the module's ``state_dict`` holds is gathered, adapters and no base::
@@ -9,14 +9,16 @@ optimizers by position. Only what the module's ``state_dict`` holds is gathered,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lightning_peft.adapter_layer import AdapterLayer
 from lightning_peft.errors import CheckpointMismatchError
 
 
@@ -28,7 +30,7 @@ def gathered(value: Any, *, keep: bool) -> Any:
         keep: whether this process wants the result; the others help to gather and get tensors without elements.
     """
     if isinstance(value, DTensor):
-        whole = value.detach().full_tensor()
+        whole = cast("DTensor", value.detach()).full_tensor()
         return whole.cpu() if keep else whole.new_empty(0, device="cpu")
     if isinstance(value, Tensor):
         return value.detach().cpu() if keep else value.new_empty(0, device="cpu")
@@ -76,3 +78,27 @@ def sharded_optimizer_state(state: Mapping[str, Any], optimizer: Optimizer) -> d
             for key, value in entry.items()
         }
     return {**state, "state": entries}
+
+
+@contextlib.contextmanager
+def whole_adapters(module: nn.Module, *, keep: bool) -> Iterator[None]:
+    """Have the adapters in ``module`` hold whole tensors on the CPU for the time of a ``with`` block. All processes must enter it.
+
+    Args:
+        module: what holds adapted models.
+        keep: whether this process wants them; the others help to gather.
+    """
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for layer in [one for one in module.modules() if isinstance(one, AdapterLayer)]:
+            for inner in layer.adapters.modules():
+                for name, parameter in list(inner._parameters.items()):
+                    if parameter is None or not isinstance(parameter.data, DTensor):
+                        continue
+                    whole = gathered(parameter, keep=keep)
+                    before.append((inner, name, parameter))
+                    inner._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        yield
+    finally:
+        for inner, name, parameter in before:
+            inner._parameters[name] = parameter
