@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
 
-pytestmark = pytest.mark.namespaces
+pytestmark = [pytest.mark.namespaces, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("train_both.py")
 ADDRESSES = "10.213.7.1", "10.213.7.2"
@@ -67,7 +67,9 @@ def launched(host, *options):
         environment["GLOO_SOCKET_IFNAME"] = "wire"
     command = [sys.executable, "-m", "torch.distributed.run", *options]
     inside = ["ip", "netns", "exec", host] if host else []
-    return subprocess.Popen([*inside, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*inside, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def ended(processes):
