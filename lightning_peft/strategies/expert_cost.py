@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lightning_peft.errors import ConfigError
@@ -84,24 +85,23 @@ def expert_cost(
         >>> f"{cost.sent_bytes / 1e9:.0f} GB, sharded {cost.sharded_bytes / 1e9:.0f} GB"
         '54 GB, sharded 355 GB'
     """
-    check_counts(hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, layers=layers, tokens=tokens)
-    check_counts(processes=processes, group=group, matrices=matrices)
+    check_counts(hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, layers=layers)
+    check_counts(tokens=tokens, processes=processes, group=group, matrices=matrices)
     if top_k > experts:
         raise ConfigError(f"top_k={top_k} is more than the {experts} experts")
     if processes % group or experts % group:
         raise ConfigError(f"group={group} must divide the {processes} processes and the {experts} experts")
     elements = layers * experts * matrices * hidden * intermediate
     copies = processes // group
-    vectors = 4 * layers * top_k * (group - 1) / group  # there and back, in forward and in backward
     averaged = 2 * (copies - 1) / copies * elements / group * gradient_bytes
     sharded = (processes - 1) / processes * elements * (2 * weight_bytes + gradient_bytes)
-    a_token = vectors * hidden * token_bytes
-    state = weight_bytes + gradient_bytes + 8
+    # Vectors there and back, in forward and in backward.
+    a_token = 4 * layers * top_k * (group - 1) / group * hidden * token_bytes
     return ExpertCost(
         exchanged_bytes=tokens * a_token,
         averaged_bytes=averaged,
         sharded_bytes=sharded,
-        held_bytes=elements / group * state,
-        sharded_held_bytes=elements / processes * state,
-        tokens_where_equal=max(0.0, sharded - averaged) / a_token if a_token else float("inf"),
+        held_bytes=elements / group * (weight_bytes + gradient_bytes + 8),
+        sharded_held_bytes=elements / processes * (weight_bytes + gradient_bytes + 8),
+        tokens_where_equal=max(0.0, sharded - averaged) / a_token if a_token else math.inf,
     )

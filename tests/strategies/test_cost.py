@@ -2,9 +2,11 @@
 
 import pytest
 
+from lightning_peft import LoRA, QLoRA, inject
 from lightning_peft.errors import ConfigError
-from lightning_peft.strategies.cost import Links, Tensors, communication_cost, step_cost
+from lightning_peft.strategies.cost import Links, Tensors, communication_cost, step_cost, tensors_of
 from lightning_peft.strategies.expert_cost import expert_cost
+from lightning_peft.testing import tiny_llama
 
 BASE = Tensors(rows=1024, columns=64, bytes_per_element=2, unit=0)
 A = Tensors(rows=16, columns=64, bytes_per_element=4, role="trained", unit=0)
@@ -127,3 +129,32 @@ def test_other_numbers_that_cannot_be_are_refused():
         expert_cost(**sizes, top_k=5, group=4)
     with pytest.raises(ConfigError, match="group=3 must divide the 8 processes and the 4 experts"):
         expert_cost(**sizes, top_k=2, group=3)
+
+
+def test_the_tensors_of_a_quantised_model_are_packed_bytes_and_scales_that_every_process_holds():
+    model = tiny_llama()
+    inject(model, QLoRA(rank=4, double_quantization=True), targets="all_linear")
+    tensors = tensors_of(model)
+    packed = [one for one in tensors if one.role == "frozen" and one.bytes_per_element == 1]
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert sum(one.elements() for one in packed) == weights / 2
+    assert {one.unit for one in packed} == {0, 1}
+    ends = [one for one in tensors if one.role == "frozen" and one.elements() == 128 * 64]
+    assert [one.unit for one in ends] == [None, None]
+    states = [one.quant_state for one in model.parameters() if hasattr(one, "quant_state")]
+    tables = [
+        table for one in states for table in (one.absmax, one.code, one.offset, one.state2.absmax, one.state2.code)
+    ]
+    held = sum(table.nbytes for table in tables)
+    assert sum(one.stored() for one in tensors if one.role == "constant") == held
+    assert len(states) == 14
+
+
+def test_dtypes_of_gathering_and_reducing_are_counted_where_they_apply():
+    model = tiny_llama()
+    inject(model, LoRA(rank=4))
+    as_stored = step_cost(tensors_of(model), processes=2)
+    halved = step_cost(tensors_of(model, gather_bytes=2, reduce_bytes=2), processes=2)
+    assert halved.gathered_bytes == as_stored.gathered_bytes / 2
+    assert halved.reduced_bytes == as_stored.reduced_bytes / 2
+    assert halved.weight_bytes == as_stored.weight_bytes
