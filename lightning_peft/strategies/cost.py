@@ -108,7 +108,7 @@ class Cost:
     weight_bytes: float = 0.0
     """Held for the whole of training, the trained weights included."""
     working_bytes: float = 0.0
-    """Weights that are whole for a moment, at most."""
+    """Weights that are whole for a moment under FSDP2, at most; under DDP, buckets of gradients."""
     gradient_bytes: float = 0.0
     optimizer_bytes: float = 0.0
 
@@ -157,6 +157,7 @@ def step_cost(
     strategy: Literal["peft_ddp", "peft_fsdp"] = "peft_fsdp",
     reshard_after_forward: bool = True,
     replicate: int = 1,
+    prefetch: int = 0,
     optimizer_bytes: float = 8.0,
     links: Links | None = None,
 ) -> Cost:
@@ -169,6 +170,7 @@ def step_cost(
         strategy: as registered with Lightning.
         reshard_after_forward: as for ``peft_fsdp``.
         replicate: as for ``peft_fsdp``.
+        prefetch: as for ``peft_fsdp``.
         optimizer_bytes: of the optimizer's state, for each trained element; 8 for AdamW in float32.
         links: between the processes.
 
@@ -186,7 +188,8 @@ def step_cost(
     else:
         shared = processes // replicate
         groups = _Group(shared, 1, per_node, links), _Group(replicate, shared, per_node, links)
-        cost = _sharded(held, *groups, passes=2 if reshard_after_forward else 1)
+        ahead = max(1, prefetch)  # FSDP2 by itself gathers the next unit while one runs
+        cost = _sharded(held, *groups, passes=2 if reshard_after_forward else 1, together=1 + ahead)
     sharing = 1 if strategy == "peft_ddp" else processes // replicate
     trained = [one for one in held if one.role == "trained"]
     return replace(
@@ -213,7 +216,7 @@ def _replicated(held: list[Tensors], group: _Group) -> Cost:
     )
 
 
-def _sharded(held: list[Tensors], shard: _Group, replicas: _Group, passes: int) -> Cost:
+def _sharded(held: list[Tensors], shard: _Group, replicas: _Group, passes: int, together: int) -> Cost:
     """Return what FSDP2 sends: weights for each pass, gradients to their owners, and from there to the other replicas."""
     weights: dict[int | None, float] = {}
     gradients: dict[int | None, float] = {}
@@ -227,8 +230,7 @@ def _sharded(held: list[Tensors], shard: _Group, replicas: _Group, passes: int) 
     averaged = 2 * sum(gradients.values()) / shard.size * replicas.part()
     gathers, reductions = passes * len(weights) * (shard.size > 1), len(gradients)
     outer = weights.pop(None, 0.0)
-    # One unit computes while the next one is gathered; without resharding all of them stay.
-    inner = sum(sorted(weights.values())[-2:] if passes == 2 else weights.values())
+    inner = sum(sorted(weights.values())[-together:] if passes == 2 else weights.values())
     return Cost(
         gathered_bytes=gathered,
         reduced_bytes=scattered + averaged,

@@ -59,6 +59,7 @@ def test_resharding_keeps_two_units_and_the_outer_one_whole_at_most():
     units = [Tensors(rows=8, bytes_per_element=size, unit=unit) for unit, size in enumerate((1, 3, 2))]
     outer = Tensors(rows=8, bytes_per_element=10)
     assert step_cost([*units, outer], processes=2).working_bytes == 80 + 8 * (3 + 2)
+    assert step_cost([*units, outer], processes=2, prefetch=2).working_bytes == 80 + 8 * 6
     assert step_cost([*units, outer], processes=2, reshard_after_forward=False).working_bytes == 80 + 8 * 6
     assert step_cost([*units, outer], processes=1).working_bytes == 0
 

@@ -111,6 +111,7 @@ def free_port():
         return one.getsockname()[1]
 
 
+@pytest.mark.launched
 def test_one_host_and_slurm_train_the_same(folder):
     words, _ = command("One host")
     words = option(option(words, "--nproc-per-node", "2"), "--trainer.devices", "2")
@@ -136,6 +137,7 @@ def test_one_host_and_slurm_train_the_same(folder):
     assert losses(folder) == straight
 
 
+@pytest.mark.launched
 def test_a_process_that_dies_is_started_again_and_goes_on(folder):
     words, block = command("Several hosts, and restarts")
     variable = re.search(r"export (\w+)=(\w+)", block).groups()

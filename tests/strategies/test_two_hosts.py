@@ -83,6 +83,7 @@ def ended(processes):
                 process.wait(20)
 
 
+@pytest.mark.launched
 def test_two_hosts_train_what_one_trains(hosts, tmp_path):
     there = []
     for rank, host in enumerate(hosts):
