@@ -136,7 +136,7 @@ def rows(base: str) -> list[str]:
 def experts() -> list[str]:
     """Return the table of expert parallelism."""
     found = [
-        "| layer | experts, top k | tokens a process | group | tokens exchanged, GB | gradients, GB | FSDP2, GB | fewer bytes up to, tokens |",
+        "| layer | experts, top k | tokens a process | group | tokens, GB | their gradients, GB | FSDP2, GB | fewer bytes up to, tokens |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, hidden, intermediate, layers in (("1B", 2048, 8192, 16), ("8B", 4096, 14336, 32)):

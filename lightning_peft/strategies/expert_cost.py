@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.strategies.cost import check_counts
+from lightning_peft.strategies.cost import Tensors, check_counts, step_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,11 @@ class ExpertCost:
     averaged_bytes: float
     """Sent so that copies of an expert in different groups average their gradients, under expert parallelism."""
     sharded_bytes: float
-    """Sent if FSDP2 shards the experts over all processes instead."""
+    """Sent if FSDP2 shards the experts over as many processes instead, and replicates them over the others."""
     held_bytes: float
-    """Of experts, their gradients and AdamW's state in float32, under expert parallelism."""
-    sharded_held_bytes: float
-    """The same if FSDP2 shards the experts over all processes."""
+    """Of experts, their gradients and AdamW's state in float32, either way."""
+    working_bytes: float
+    """Of experts that FSDP2 holds whole for a moment beside that, those of two layers, and expert parallelism does not."""
     tokens_where_equal: float
     """Tokens for each process and step below which expert parallelism sends less."""
 
@@ -69,7 +69,7 @@ def expert_cost(
         layers: that have experts.
         tokens: for each process and step.
         processes: in all.
-        group: how many processes share the experts of a layer under expert parallelism; divides ``processes`` and ``experts``.
+        group: how many processes share the experts of a layer; divides ``processes`` and ``experts``.
         matrices: of an expert, (hidden, intermediate) each; 3 for a gated MLP.
         token_bytes: of an element of a token that is sent.
         weight_bytes: of an element of an expert.
@@ -87,21 +87,26 @@ def expert_cost(
     """
     check_counts(hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, layers=layers)
     check_counts(tokens=tokens, processes=processes, group=group, matrices=matrices)
-    if top_k > experts:
-        raise ConfigError(f"top_k={top_k} is more than the {experts} experts")
-    if processes % group or experts % group:
-        raise ConfigError(f"group={group} must divide the {processes} processes and the {experts} experts")
-    elements = layers * experts * matrices * hidden * intermediate
+    _check_shares(experts, top_k, processes, group)
+    shape = {"rows": experts, "columns": matrices * hidden * intermediate, "count": layers}
+    stored = Tensors(**shape, bytes_per_element=weight_bytes, reduce_bytes=gradient_bytes, role="trained")
     copies = processes // group
-    averaged = 2 * (copies - 1) / copies * elements / group * gradient_bytes
-    sharded = (processes - 1) / processes * elements * (2 * weight_bytes + gradient_bytes)
+    sharded = step_cost([stored], processes=processes, replicate=copies)
+    averaged = 2 * (copies - 1) / copies * stored.reduced(1) / group
     # Vectors there and back, in forward and in backward.
     a_token = 4 * layers * top_k * (group - 1) / group * hidden * token_bytes
     return ExpertCost(
         exchanged_bytes=tokens * a_token,
         averaged_bytes=averaged,
-        sharded_bytes=sharded,
-        held_bytes=elements / group * (weight_bytes + gradient_bytes + 8),
-        sharded_held_bytes=elements / processes * (weight_bytes + gradient_bytes + 8),
-        tokens_where_equal=max(0.0, sharded - averaged) / a_token if a_token else math.inf,
+        sharded_bytes=sharded.sent_bytes,
+        held_bytes=sharded.memory_bytes - sharded.working_bytes,
+        working_bytes=stored.gathered(group) / layers * min(2, layers) * (group > 1),
+        tokens_where_equal=max(0.0, sharded.sent_bytes - averaged) / a_token if a_token else math.inf,
     )
+
+
+def _check_shares(experts: int, top_k: int, processes: int, group: int) -> None:
+    if top_k > experts:
+        raise ConfigError(f"top_k={top_k} is more than the {experts} experts")
+    if processes % group or experts % group:
+        raise ConfigError(f"group={group} must divide the {processes} processes and the {experts} experts")

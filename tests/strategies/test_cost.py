@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_peft import LoRA, QLoRA, inject
+from lightning_peft import LoRA, MoEUpcycling, QLoRA, inject
 from lightning_peft.errors import ConfigError
 from lightning_peft.strategies.cost import Links, Tensors, communication_cost, step_cost, tensors_of
 from lightning_peft.strategies.expert_cost import expert_cost
@@ -97,11 +97,25 @@ def test_what_is_sent_by_expert_parallelism():
     elements = 3 * 4 * 3 * 8 * 16
     assert cost.exchanged_bytes == 10 * 3 * 4 * 2 * 8 * 2 * 3 / 4
     assert cost.averaged_bytes == 2 * (1 / 2) * elements / 4 * 4
-    assert cost.sharded_bytes == 7 / 8 * elements * (2 + 2 + 4)
-    assert (cost.held_bytes, cost.sharded_held_bytes) == (elements / 4 * 14, elements / 8 * 14)
+    assert cost.sharded_bytes == 3 / 4 * elements * (2 + 2 + 4) + cost.averaged_bytes
+    assert (cost.held_bytes, cost.working_bytes) == (elements / 4 * (2 + 2 + 8), elements * 2 / 3 * 2)
     even = expert_cost(**sizes, tokens=round(cost.tokens_where_equal), processes=8, group=4)
     assert even.sent_bytes == pytest.approx(even.sharded_bytes, rel=1e-2)
     assert expert_cost(**sizes, tokens=10, processes=8, group=1).tokens_where_equal == float("inf")
+
+
+def test_the_experts_of_a_model_are_those_of_the_arithmetic():
+    model = tiny_llama()
+    inject(model, MoEUpcycling(experts=8, top_k=2))
+    sizes = {"hidden": 64, "intermediate": 128, "experts": 8, "top_k": 2, "layers": 2, "tokens": 1, "weight_bytes": 4.0}
+    experts = [one for one in tensors_of(model) if one.role == "trained" and one.columns > 64]
+    for processes in (2, 4, 8):
+        assert step_cost(experts, processes=processes).sent_bytes == pytest.approx(
+            expert_cost(**sizes, processes=processes, group=processes).sharded_bytes
+        )
+    # More processes than experts: as much as if there were an expert for each.
+    ratio = step_cost(experts, processes=64).sent_bytes / step_cost(experts, processes=8).sent_bytes
+    assert ratio == pytest.approx(8 * (63 / 64) / (7 / 8))
 
 
 @pytest.mark.parametrize(

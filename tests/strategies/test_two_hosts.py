@@ -13,12 +13,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import get_context
+
+from lightning_peft.strategies.cost import Links, Tensors, step_cost
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
@@ -154,3 +157,62 @@ def test_the_wire_carries_what_rings_carry(hosts, tmp_path, name, processes):
     sent = int(Path(f"{store}.bytes").read_text()) / processes / 4
     turns = COLLECTIVES[name][1]
     assert sent == pytest.approx(turns * SIZE * (processes - 1) / processes, rel=0.05)  # headers and hand-shakes
+
+
+RATE = 25_000_000
+"""Bytes a second that leave a host whose wire is made slow: 200 Mbit/s."""
+
+
+def _reducing(rank, host, store):
+    with open(f"/var/run/netns/{host}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), NEW_NETWORK) == 0
+    os.environ["GLOO_SOCKET_IFNAME"] = "wire"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    gradients = torch.ones(SIZE // 4)
+    dist.all_reduce(gradients)
+    dist.barrier()
+    begin = time.perf_counter()
+    for _ in range(3):
+        dist.all_reduce(gradients)
+    if rank == 0:
+        Path(f"{store}.seconds").write_text(str((time.perf_counter() - begin) / 3))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_slow_wire_takes_as_long_as_the_model_says(hosts, tmp_path):
+    for host in hosts:
+        shaping = [
+            "tc",
+            "-n",
+            host,
+            "qdisc",
+            "add",
+            "dev",
+            "wire",
+            "root",
+            "tbf",
+            "rate",
+            f"{8 * RATE}bit",
+            "burst",
+            "64kb",
+            "latency",
+            "400ms",
+        ]
+        if shutil.which("tc") is None or subprocess.run(shaping, capture_output=True, timeout=10).returncode:
+            pytest.skip("wires cannot be made slow here: needs the program 'tc' and its token buckets")
+    context = get_context("fork")
+    started = [
+        context.Process(target=_reducing, args=(rank, host, tmp_path / "store")) for rank, host in enumerate(hosts)
+    ]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(LONGEST)
+        assert one.exitcode == 0
+    trained = [Tensors(rows=SIZE // 4, bytes_per_element=4, role="trained")]
+    links = Links(node=RATE, node_latency=0)
+    expected = step_cost(trained, processes=2, per_node=1, strategy="peft_ddp", links=links).seconds
+    taken = float((tmp_path / "store.seconds").read_text())
+    assert 0.9 * expected <= taken <= 2 * expected  # headers and starts of TCP, and a burst for nothing
