@@ -108,7 +108,7 @@ def test_the_model_counts_the_bytes_of_real_steps(run, tmp_path, kind, processes
         assert count == cost.collectives
 
 
-def _exchange(rank, processes, path, sizes):
+def _exchange(rank, processes, path, sizes, together):
     dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=processes)
     x = torch.randn(sizes["tokens"], sizes["hidden"], dtype=torch.bfloat16)
     sent = 0
@@ -125,7 +125,7 @@ def _exchange(rank, processes, path, sizes):
             sent += sum(count for other, count in enumerate(counts) if other != rank) * x[0].nbytes
     if rank == 0:
         path.write_text(str(sent))
-    dist.barrier()
+    together.wait(60)  # a process that hangs up while others listen makes them fail
     dist.destroy_process_group()
 
 
@@ -134,7 +134,7 @@ def _exchange(rank, processes, path, sizes):
 def test_an_exchange_of_tokens_sends_what_the_model_says(tmp_path, processes):
     sizes = {"hidden": 16, "experts": 8, "top_k": 2, "layers": 3, "tokens": 32}
     context = get_context("fork")
-    arguments = processes, tmp_path / "sent", sizes
+    arguments = processes, tmp_path / "sent", sizes, context.Barrier(processes)
     started = [context.Process(target=_exchange, args=(rank, *arguments)) for rank in range(processes)]
     for one in started:
         one.start()

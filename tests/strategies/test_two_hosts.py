@@ -118,14 +118,14 @@ COLLECTIVES = {
 """Collective to how it is called, and how often what it moves goes around a ring."""
 
 
-def _collective(rank, processes, name, store):
+def _collective(rank, processes, name, store, together):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     call, _ = COLLECTIVES[name]
     whole, part = torch.ones(SIZE // 4), torch.ones(SIZE // 4 // processes)
     for _ in range(4):
         call(whole, part)
-    dist.barrier()
+    together.wait(LONGEST)  # a process that hangs up while others listen makes them fail
     dist.destroy_process_group()
 
 
@@ -134,7 +134,8 @@ def _on_a_wire_of_its_own(processes, name, store):
     assert ctypes.CDLL(None).unshare(NEW_NETWORK) == 0
     ip("link", "set", "lo", "up").check_returncode()
     context = get_context("fork")
-    started = [context.Process(target=_collective, args=(rank, processes, name, store)) for rank in range(processes)]
+    arguments = processes, name, store, context.Barrier(processes)
+    started = [context.Process(target=_collective, args=(rank, *arguments)) for rank in range(processes)]
     for one in started:
         one.start()
     for one in started:
@@ -163,7 +164,7 @@ RATE = 25_000_000
 """Bytes a second that leave a host whose wire is made slow: 200 Mbit/s."""
 
 
-def _reducing(rank, host, store):
+def _reducing(rank, host, store, together):
     with open(f"/var/run/netns/{host}") as namespace:
         assert ctypes.CDLL(None).setns(namespace.fileno(), NEW_NETWORK) == 0
     os.environ["GLOO_SOCKET_IFNAME"] = "wire"
@@ -176,7 +177,7 @@ def _reducing(rank, host, store):
         dist.all_reduce(gradients)
     if rank == 0:
         Path(f"{store}.seconds").write_text(str((time.perf_counter() - begin) / 3))
-    dist.barrier()
+    together.wait(LONGEST)  # a process that hangs up while others listen makes them fail
     dist.destroy_process_group()
 
 
@@ -203,9 +204,8 @@ def test_a_slow_wire_takes_as_long_as_the_model_says(hosts, tmp_path):
         if shutil.which("tc") is None or subprocess.run(shaping, capture_output=True, timeout=10).returncode:
             pytest.skip("wires cannot be made slow here: needs the program 'tc' and its token buckets")
     context = get_context("fork")
-    started = [
-        context.Process(target=_reducing, args=(rank, host, tmp_path / "store")) for rank, host in enumerate(hosts)
-    ]
+    arguments = tmp_path / "store", context.Barrier(2)
+    started = [context.Process(target=_reducing, args=(*one, *arguments)) for one in enumerate(hosts)]
     for one in started:
         one.start()
     for one in started:

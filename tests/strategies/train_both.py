@@ -5,6 +5,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -58,6 +59,7 @@ def main(path):
     if dist.get_rank() == 0:
         path.write_text(json.dumps({**found, "world": dist.get_world_size()}))
     dist.barrier()
+    time.sleep(0.5)  # a process that hangs up while others listen makes them fail
 
 
 if __name__ == "__main__":
