@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
@@ -25,7 +26,7 @@ from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement
 from lightning_peft.strategies.precision import keeping_adapters
-from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -127,13 +128,20 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
-        refuse_unshardable(module)
         self.precision_plugin = keeping_adapters(self.precision_plugin)
+        refuse_unshardable(module, self._casts())
         self.precision_plugin.convert_module(module)
+        bring_scales(module, self.root_device)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments())
         super().setup(trainer)
+
+    def _casts(self) -> list[torch.dtype]:
+        """Return the dtypes that parameters of the run are cast to."""
+        plugin = self.precision_plugin
+        gather = [] if self.gather_dtype is None else [_DTYPES[self.gather_dtype]]
+        return [*gather, *([plugin._desired_input_dtype] if isinstance(plugin, HalfPrecision) else [])]
 
     def fully_shard_arguments(self) -> dict[str, Any]:
         """Return what every unit is sharded with, from the settings and the precision of the Trainer."""
