@@ -33,6 +33,14 @@ class ModelLoader(ABC):
         """
         return self.load()
 
+    def load_unread(self) -> nn.Module | None:
+        """Return the base model without the values of its parameters, which are on the meta device with notes of where they are.
+
+        Asked for where every process keeps a part of the base only: see :mod:`lightning_peft.unread_weights`. None says that this
+        loader, or what it loads, cannot be read in parts.
+        """
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLMLoader(ModelLoader):
@@ -86,6 +94,21 @@ class CausalLMLoader(ModelLoader):
         from lightning_peft.layerwise_loading import load_layerwise
 
         return self._ready(load_layerwise(self._from_pretrained, method))
+
+    @override
+    def load_unread(self) -> nn.Module | None:
+        """Return the model of a local folder of safetensors files; None for any other, or one that is quantised or brings code.
+
+        Raises:
+            ConfigError: the files lack a weight, or hold one in another shape.
+        """
+        if self.trust_remote_code or self.revision is not None or self._is_quantized():
+            return None
+        from lightning_peft.out_of_core.unread_models import unread_model
+
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        model = unread_model(self.path, dtype=self.dtype, **attention)
+        return None if model is None else self._ready(model)
 
     def _from_pretrained(self, **more: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM

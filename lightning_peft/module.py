@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -166,7 +167,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         base = self.__dict__["_base"]
         if self.adapter is not None:
-            model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
+            model: nn.Module = self._loaded(base, base.load) if isinstance(base, ModelLoader) else base
             if holds_several(self.adapter):
                 load_adapters(model, self.adapter, trainable=True, check_base=self.check_base)
             else:
@@ -179,7 +180,8 @@ class PEFTModule(PEFTMixin, LightningModule):
                     format=self.adapter_format,
                 )
         else:
-            model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
+            whole = partial(base.load_for, self._loading_method()) if isinstance(base, ModelLoader) else None
+            model = base if whole is None else self._loaded(base, whole)
             self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
@@ -187,6 +189,15 @@ class PEFTModule(PEFTMixin, LightningModule):
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
+
+    def _loaded(self, base: ModelLoader, whole: Callable[[], nn.Module]) -> nn.Module:
+        """Return the base: without its values, under a strategy that reads for each process what it keeps, where that is possible."""
+        methods = [one.method for one in self.adaptations]
+        looks = any(type(one).prepare is not Method.prepare or one.data_driven for one in methods)
+        if looks or not getattr(self._trainer and self._trainer.strategy, "reads_weights", False):
+            return whole()
+        model = base.load_unread()
+        return whole() if model is None else model
 
     def _inject(self, model: nn.Module) -> None:
         inject_all(model, self.adaptations, by_rows=self.by_rows)

@@ -25,6 +25,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.loading import read_weights, refuse_unmade
 from lightning_peft.strategies.precision import keeping_adapters
 from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
 
@@ -48,6 +49,9 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         reduce_dtype: dtype in which gradients are summed over processes; that of the gradients if None.
         cpu_offload: keep weights and optimizer in the memory of the host. Needs an accelerator.
         activation_checkpointing: keep the inputs of units only, and run their forward again in backward.
+        read_weights: leave the values of a base that a loader reads from local safetensors files unread until it is sharded, and then have
+            each process read its own part: no process holds the whole base. Not where a method quantises the base or needs a forward of it
+            before; then, and if False, each process loads it whole and keeps its part.
         save_distributed_checkpoint: let each process write its part into a folder, in place of one file.
         start_method: how processes start: ``popen`` runs the script once for each, ``fork`` and ``spawn`` serve notebooks and tests.
         process_group_backend: as for ``torch.distributed``.
@@ -69,6 +73,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         reduce_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
+        read_weights: bool = True,
         save_distributed_checkpoint: bool = False,
         start_method: Literal["popen", "fork", "spawn", "forkserver"] = "popen",
         process_group_backend: str | None = None,
@@ -90,6 +95,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
         self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
+        self.reads_weights = read_weights
         self.sharded_units: list[str] = []
 
     # -- processes -------------------------------------------------------------------------------------------------
@@ -128,6 +134,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
+        refuse_unmade(module)
         self.precision_plugin = keeping_adapters(self.precision_plugin)
         refuse_unshardable(module, self._casts())
         self.precision_plugin.convert_module(module)
@@ -135,6 +142,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments())
+        read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         super().setup(trainer)
 
     def _casts(self) -> list[torch.dtype]:
