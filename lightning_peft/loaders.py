@@ -6,6 +6,7 @@ A loader is a frozen dataclass, so it can stand in a YAML file, be validated at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -148,3 +149,20 @@ class CausalLMLoader(ModelLoader):
             enable({"use_reentrant": False})
             model.config.use_cache = False
         return loaded.train()
+
+
+def loaded(base: ModelLoader | nn.Module, strategy: object, methods: Sequence[Method]) -> nn.Module:
+    """Return the base, without its values where ``strategy`` has each process read what it keeps and nothing needs them before.
+
+    Args:
+        base: a loader, or the model itself.
+        strategy: that of the Trainer, if there is one.
+        methods: those that adapt the base; it is loaded for the first one.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    needed = any(type(one).prepare is not Method.prepare or one.data_driven for one in methods)
+    model = base.load_unread() if getattr(strategy, "reads_weights", False) and not needed else None
+    if model is not None:
+        return model
+    return base.load_for(methods[0]) if methods else base.load()

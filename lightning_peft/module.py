@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,7 +33,7 @@ from lightning_peft.composition import Adaptation, holds_several, inject_all, lo
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
-from lightning_peft.loaders import ModelLoader
+from lightning_peft.loaders import ModelLoader, loaded
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import (
     parameter_groups,
@@ -167,7 +166,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         base = self.__dict__["_base"]
         if self.adapter is not None:
-            model: nn.Module = self._loaded(base, base.load) if isinstance(base, ModelLoader) else base
+            model: nn.Module = loaded(base, self._strategy(), [])
             if holds_several(self.adapter):
                 load_adapters(model, self.adapter, trainable=True, check_base=self.check_base)
             else:
@@ -180,8 +179,8 @@ class PEFTModule(PEFTMixin, LightningModule):
                     format=self.adapter_format,
                 )
         else:
-            whole = partial(base.load_for, self._loading_method()) if isinstance(base, ModelLoader) else None
-            model = base if whole is None else self._loaded(base, whole)
+            methods = [self._loading_method(), *(one.method for one in self.adaptations)]
+            model = loaded(base, self._strategy(), methods)
             self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
@@ -190,14 +189,8 @@ class PEFTModule(PEFTMixin, LightningModule):
         self.model = model.train()
         self._initialize_from_data()
 
-    def _loaded(self, base: ModelLoader, whole: Callable[[], nn.Module]) -> nn.Module:
-        """Return the base: without its values, under a strategy that reads for each process what it keeps, where that is possible."""
-        methods = [one.method for one in self.adaptations]
-        looks = any(type(one).prepare is not Method.prepare or one.data_driven for one in methods)
-        if looks or not getattr(self._trainer and self._trainer.strategy, "reads_weights", False):
-            return whole()
-        model = base.load_unread()
-        return whole() if model is None else model
+    def _strategy(self) -> object:
+        return self._trainer and self._trainer.strategy
 
     def _inject(self, model: nn.Module) -> None:
         inject_all(model, self.adaptations, by_rows=self.by_rows)

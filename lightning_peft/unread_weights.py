@@ -88,7 +88,9 @@ class ReadOnFirstUse(Tensor):
     @classmethod
     def of(cls, value: Unread, like: Tensor) -> ReadOnFirstUse:
         """Return the parameter that ``like``, on the meta device, stands for."""
-        made = torch.empty(like.shape, dtype=value.dtype, device="cpu").as_subclass(cls)  # memory that nobody touches yet
+        made = torch.empty(like.shape, dtype=value.dtype, device="cpu").as_subclass(
+            cls
+        )  # memory that nobody touches yet
         made._is_param = True  # type: ignore[attr-defined]  # what makes it an nn.Parameter
         made._value = value
         return made.requires_grad_(like.requires_grad)
@@ -109,7 +111,10 @@ class ReadOnFirstUse(Tensor):
 
 
 _SEEN_WITHOUT: frozenset[Any] = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad", "layout")]
+    [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "is_meta", "requires_grad", "layout")
+    ]
     + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.element_size, Tensor.is_floating_point, Tensor.requires_grad_]
 )
 """What is known of a tensor without its values."""

@@ -62,13 +62,16 @@ def _without_values(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
             name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta").as_subclass(_NoValues)
             for name, entry in checkpoint.entries.items()
         }
-        model, report = kind.from_pretrained(None, config=config, state_dict=state, output_loading_info=True, **options)
-    except RuntimeError as error:  # of transformers, with the names and shapes
-        raise ConfigError(f"the files of {str(checkpoint.folder)!r} do not fit its configuration: {error}") from error
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # refused below, by name
+        model, report = kind.from_pretrained(None, config=config, state_dict=state, **told, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no causal language model could be loaded from {str(checkpoint.folder)!r}: {error}"
         ) from error
+    for name, found, wanted in sorted(report["mismatched_keys"]):
+        raise ConfigError(
+            f"the files of {str(checkpoint.folder)!r} hold {name!r} in the shape {list(found)}, but by its configuration it has {list(wanted)}"
+        )
     if report["missing_keys"]:
         lost = sorted(report["missing_keys"])
         raise ConfigError(
@@ -84,7 +87,7 @@ def _without_values(checkpoint: Checkpoint, options: dict[str, Any]) -> Any:
 class _NoValues(Tensor):
     """A tensor on the meta device that stays there, whatever device it is sent to."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return it in another dtype."""
         given = [kwargs.get("dtype"), *(one for one in args if isinstance(one, torch.dtype))]
         dtype = next((one for one in given if one is not None), self.dtype)

@@ -109,7 +109,9 @@ def test_the_base_is_read_in_parts_and_trains_as_if_it_were_loaded_whole(run, fo
     for rank in range(2):
         noted = json.loads((tmp_path / f"{rank}.json").read_text())
         assert noted["whole"] == total
-        assert noted["sharded"] and noted["frozen"] and noted["training"]
+        assert noted["sharded"]
+        assert noted["frozen"]
+        assert noted["training"]
         assert noted["held"] <= total // 2 + 64
         assert sum(noted["pieces"]) == noted["held"]  # each part is read once, and LoRA looks at no weight
         assert max(noted["pieces"]) <= largest // 2
@@ -204,7 +206,13 @@ def test_what_cannot_be_read_in_parts_is_left_to_transformers(folders, tmp_path)
 
 
 def test_fused_experts_are_loaded_whole_as_their_weights_are_made_of_several(run, tmp_path):
-    size = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128, "num_local_experts": 2}
+    size = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "num_local_experts": 2,
+    }
     config = MixtralConfig(hidden_size=64, intermediate_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **size)
     MixtralForCausalLM(config).save_pretrained(tmp_path)
     assert CausalLMLoader(path=str(tmp_path)).load_unread() is None
@@ -220,7 +228,10 @@ def test_outside_of_the_strategy_the_base_is_loaded_whole(folders):
 
 def test_an_unread_model_is_the_loaded_one_in_all_but_its_values(folders):
     for name in folders:
-        unread, loaded = CausalLMLoader(path=str(folders[name])).load_unread(), CausalLMLoader(path=str(folders[name])).load()
+        unread, loaded = (
+            CausalLMLoader(path=str(folders[name])).load_unread(),
+            CausalLMLoader(path=str(folders[name])).load(),
+        )
         assert all(parameter.is_meta for parameter in unread.parameters())
         for kind in ("named_parameters", "named_buffers"):
             ours, theirs = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (unread, loaded))
@@ -231,7 +242,8 @@ def test_an_unread_model_is_the_loaded_one_in_all_but_its_values(folders):
         assert unread.config.to_dict() == loaded.config.to_dict()
         assert unread.generation_config.to_dict() == loaded.generation_config.to_dict()
         assert unread.name_or_path == loaded.name_or_path
-        assert str(unread) == str(loaded) and unread.training == loaded.training
+        assert str(unread) == str(loaded)
+        assert unread.training == loaded.training
         assert fingerprint(unread) == fingerprint(loaded)
         assert full_digests(unread) == full_digests(loaded)
 

@@ -46,7 +46,9 @@ def test_packed_weights_make_a_difference(run):
 STEPS = 4
 
 
-@pytest.mark.parametrize(("before", "after"), [("single", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp folder"), ("fsdp folder", "single")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("single", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp folder"), ("fsdp folder", "single")]
+)
 def test_adapters_over_packed_weights_go_on_in_another_layout(run, tmp_path, before, after):
     run(before, method=METHOD, steps=STEPS // 2, save=tmp_path, lr=1e-3)
     path = tmp_path / f"step={STEPS // 2}.ckpt"
@@ -109,13 +111,16 @@ def test_validation_before_training_repacks_nothing_and_drops_no_gradient(run, t
     notes = json.loads((tmp_path / "seen.json").read_text())
     assert len(notes) > 4
     assert all(note["layers"] == 14 and note["repacked"] == 0 for note in notes)
-    assert all(all(note["grads"]) for note in notes if any(note["grads"])) and any(notes[1]["grads"])
+    assert all(all(note["grads"]) for note in notes if any(note["grads"]))
+    assert any(notes[1]["grads"])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_widths_off_the_block_size_stay_unpacked_and_the_rest_trains_as_in_one_process(run, strategy):
     model = functools.partial(tiny_llama, intermediate_size=96)  # the width of what down_proj takes
-    with pytest.warns(LightningPEFTWarning, match="leaves 2 of 14 linear layers unquantised.*multiple of block_size=64"):
+    with pytest.warns(
+        LightningPEFTWarning, match="leaves 2 of 14 linear layers unquantised.*multiple of block_size=64"
+    ):
         one = run("single", method=METHOD, model=model, lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LightningPEFTWarning)  # of the other processes
@@ -167,14 +172,17 @@ def test_bytes_survive_what_floats_are_cast_to(run):
     def strategy():
         return PEFTFSDPStrategy(start_method="fork", gather_dtype="bf16")
 
-    packed, dense = (run(strategy(), method=method, lr=1e-3).losses for method in (METHOD, LoRA(rank=4, init="gaussian")))
+    packed, dense = (
+        run(strategy(), method=method, lr=1e-3).losses for method in (METHOD, LoRA(rank=4, init="gaussian"))
+    )
     assert relative(packed, run("single", method=METHOD, lr=1e-3).losses) <= 1e-3
     assert packed != dense
 
 
 def test_layers_in_eight_bits_are_refused_sharded_and_train_under_ddp(run):
     method = QLoRA(rank=4, quantization="int8", init="gaussian")
-    assert METHOD.fsdp_ready and not method.fsdp_ready
+    assert METHOD.fsdp_ready
+    assert not method.fsdp_ready
     with pytest.raises(Exception, match=r"is quantised as 'int8', whose layers keep their weights outside.*peft_ddp"):
         run("fsdp", method=method)
     assert relative(run("ddp", method=method, lr=1e-3).losses, run("single", method=method, lr=1e-3).losses) <= 1e-3
@@ -185,5 +193,6 @@ def test_scales_follow_to_the_device_of_the_run():
     bring_scales(module, torch.device("meta"))
     layer = module.model.model.layers[0].self_attn.q_proj
     state = unwrapped(layer).weight.quant_state
-    assert state.absmax.is_meta and state.state2.absmax.is_meta
+    assert state.absmax.is_meta
+    assert state.state2.absmax.is_meta
     assert not unwrapped(layer).weight.is_meta
