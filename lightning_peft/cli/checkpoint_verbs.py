@@ -46,6 +46,7 @@ def consolidate(folder: str, output: str, adapter: bool = False, base: str | Non
 
 
 def _write_adapter(checkpoint: dict[str, Any], folder: str, output: str, base: str | None) -> None:
+    from lightning_peft.activation import set_active_adapters
     from lightning_peft.callbacks.checkpoint import adapter_folder
     from lightning_peft.checkpoint_manifest import MANIFEST
     from lightning_peft.cli.model_verbs import _load_base
@@ -64,16 +65,18 @@ def _write_adapter(checkpoint: dict[str, Any], folder: str, output: str, base: s
         )
     plans = []
     for name, held in adapters.items():
-        fields = {key: value for key, value in held["fields"].items() if key != "name"}
-        method = get_registry().get("method", held["method"])(**fields)
+        method = get_registry().get("method", held["method"]).from_config(held["fields"])
         plans.append(Adaptation(method, held["places"], name.rpartition(":")[2], held.get("modules_to_save")))
     module = PEFTModule(_load_base(base, "auto"), plans)
     module.configure_model()
+    assert module.model is not None
+    active = [name for name, held in adapters.items() if held["active"]]
+    active.sort(key=lambda name: adapters[name].get("position", 0))
+    set_active_adapters(module.model, [name.rpartition(":")[2] for name in active])
     try:
         module.on_load_checkpoint(checkpoint)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{folder!r} over the base {base!r}: {error}") from error
     module.load_state_dict(checkpoint["state_dict"])
-    assert module.model is not None
     save_adapters(module.model, output)
     print(f"{output}: {', '.join(str(plan.name) for plan in plans)}, over the base {base}")
