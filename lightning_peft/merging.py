@@ -24,6 +24,7 @@ from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.quantized_merging import MergeReport, Quantized, WeightError, dense_dtype, merge_quantized
 from lightning_peft.rows import refuse_in_rows
+from lightning_peft.sharded_parameters import has_shards, reshard
 
 
 def merge_adapters(
@@ -45,6 +46,8 @@ def merge_adapters(
         keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone.
         probe: a batch, as the model takes it (keyword arguments in a mapping, or a tensor), to compare outputs before and after.
 
+    Of a model that FSDP2 shards, all processes must call this. Each layer is gathered, merged, and every process keeps its part.
+
     Returns:
         The errors of the weights of quantised layers, and of the outputs where ``probe`` was given.
 
@@ -64,6 +67,9 @@ def merge_adapters(
         raise ConfigError(
             f"probe compares with the adapted model, but adapter {idle[0]!r} is not active; activate it first"
         )
+    if has_shards(model):
+        reshard(model)
+        refuse_packed_shards(model, names)
     fetch_offloaded(model, names)
     expected = None if probe is None else outputs(model, probe)
     layers = adapter_layers(model)
@@ -87,6 +93,37 @@ def merge_adapters(
         for path, merged in before.items():
             layers[path].restore_merge(merged)
         raise
+
+
+def refuse_packed_shards(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to merge into quantised weights of which each process holds a part.
+
+    Raises:
+        MergeError: there is one at a place of ``names``.
+    """
+    for path, layer in adapter_layers(model).items():
+        if is_packed(layer.original_base) and any(name in layer.adapters for name in names):
+            raise MergeError(
+                f"{path!r} is quantised and sharded over processes, and packed weights are not merged into part by part; save the adapter, and merge "
+                "its folder with 'lightning-peft merge --out_of_core' into the base in 16 or 32 bit"
+            )
+
+
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """Refuse what needs the whole model in one process, where each holds a part.
+
+    Args:
+        model: any module.
+        what: what cannot be done.
+
+    Raises:
+        MergeError: a parameter is sharded.
+    """
+    if has_shards(model):
+        raise MergeError(
+            f"{what}: the weights of {type(model).__name__} are sharded over processes, and none holds what is needed; save the adapter with "
+            "AdapterCheckpoint, and write the model with 'lightning-peft merge --out_of_core'"
+        )
 
 
 def chosen_names(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
@@ -145,6 +182,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     layers = [layer for layer in adapter_layers(model).values() if layer.merged]
     if not layers:
         raise MergeError(f"{type(model).__name__} has no merged adapter to unmerge")
+    reshard(model)
     refuse_permanent(model, "taken out")
     for layer in layers:
         layer.unmerge()
