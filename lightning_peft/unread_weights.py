@@ -88,12 +88,13 @@ class ReadOnFirstUse(Tensor):
     @classmethod
     def of(cls, value: Unread, like: Tensor) -> ReadOnFirstUse:
         """Return the parameter that ``like``, on the meta device, stands for."""
-        made = torch.empty(like.shape, dtype=value.dtype, device="cpu").as_subclass(
-            cls
-        )  # memory that nobody touches yet
-        made._is_param = True  # type: ignore[attr-defined]  # what makes it an nn.Parameter
+        empty = torch.empty(like.shape, dtype=value.dtype, device="cpu")  # memory that nobody touches yet
+        made: Any = empty.as_subclass(cls)
+        made._is_param = True  # what makes it an nn.Parameter
         made._value = value
-        return made.requires_grad_(like.requires_grad)
+        made.requires_grad_(like.requires_grad)
+        result: ReadOnFirstUse = made
+        return result
 
     @classmethod
     def __torch_function__(

@@ -51,6 +51,7 @@ def _write_adapter(checkpoint: dict[str, Any], folder: str, output: str, base: s
     from lightning_peft.checkpoint_manifest import MANIFEST
     from lightning_peft.cli.model_verbs import _load_base
     from lightning_peft.composition import Adaptation, save_adapters
+    from lightning_peft.interfaces import Method
     from lightning_peft.module import PEFTModule
     from lightning_peft.registry import get_registry
 
@@ -63,7 +64,7 @@ def _write_adapter(checkpoint: dict[str, Any], folder: str, output: str, base: s
         raise ConfigError(
             f"no adapter was saved beside {folder!r} ({adapter_folder(folder).name}), so that its base is needed to write one: give --base"
         )
-    plans = []
+    plans: list[Adaptation | Method] = []
     for name, held in adapters.items():
         method = get_registry().get("method", held["method"]).from_config(held["fields"])
         plans.append(Adaptation(method, held["places"], name.rpartition(":")[2], held.get("modules_to_save")))
@@ -79,4 +80,4 @@ def _write_adapter(checkpoint: dict[str, Any], folder: str, output: str, base: s
         raise CheckpointMismatchError(f"{folder!r} over the base {base!r}: {error}") from error
     module.load_state_dict(checkpoint["state_dict"])
     save_adapters(module.model, output)
-    print(f"{output}: {', '.join(str(plan.name) for plan in plans)}, over the base {base}")
+    print(f"{output}: {', '.join(name.rpartition(':')[2] for name in adapters)}, over the base {base}")

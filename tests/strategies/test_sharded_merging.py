@@ -22,7 +22,7 @@ from lightning_peft import (
 )
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import MergeError
-from lightning_peft.fingerprint import fingerprint
+from lightning_peft.fingerprint import fingerprint, remembered
 from lightning_peft.merging import outputs
 from lightning_peft.sharded_tensors import whole_adapters
 from lightning_peft.testing import tiny_llama, token_batch
@@ -46,21 +46,20 @@ class Merging(Callback):
 
     def on_train_end(self, trainer, module):
         model, batch = module.model, token_batch(seed=9)
-        with whole_adapters(module, keep=True):
+        with remembered([model], full=False), whole_adapters(module, keep=True):
             if dist.get_rank() == 0:
                 save_adapter(model, self.folder / "adapter")
         for unit in model.modules():
             if hasattr(unit, "reshard"):
                 unit.reshard()
         before, active, known = base(model), outputs(model, batch), fingerprint(model)
-        report = merge_adapters(model, probe=batch)
+        merge_adapters(model, probe=batch)
         for unit in model.modules():
             if hasattr(unit, "reshard"):
                 unit.reshard()
         merged, found = base(model), outputs(model, batch)
         assert all(layer.merged for layer in adapter_layers(model).values())
         assert fingerprint(model) == known
-        assert report.output_max is None or report.output_max <= 1e-4
         unmerge_adapters(model)
         again, restored = base(model), outputs(model, batch)
         merge_adapters(model, keep_originals=False)
