@@ -38,15 +38,13 @@ def merge_adapters(
     """Fold adapters into the weights of the base, in place; :func:`unmerge_adapters` restores the base bit for bit.
 
     Args:
-        model: an adapted model.
+        model: an adapted model; if FSDP2 shards it, all processes must call this, and each keeps its part of what is merged.
         names: adapters to merge; the active ones that are not merged yet if None.
         quantized: what to do where the base is quantised: ``refuse``; ``dequantize`` puts a weight in the precision of the rest of the
             model there, which loses next to nothing and takes the memory; ``requantize`` quantises the merged weight again with the
             settings it was quantised with, which loses a part of the update.
         keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone.
         probe: a batch, as the model takes it (keyword arguments in a mapping, or a tensor), to compare outputs before and after.
-
-    Of a model that FSDP2 shards, all processes must call this. Each layer is gathered, merged, and every process keeps its part.
 
     Returns:
         The errors of the weights of quantised layers, and of the outputs where ``probe`` was given.
@@ -67,9 +65,8 @@ def merge_adapters(
         raise ConfigError(
             f"probe compares with the adapted model, but adapter {idle[0]!r} is not active; activate it first"
         )
-    if has_shards(model):
-        reshard(model)
-        refuse_packed_shards(model, names)
+    refuse_packed_shards(model, names)
+    reshard(model)
     fetch_offloaded(model, names)
     expected = None if probe is None else outputs(model, probe)
     layers = adapter_layers(model)
@@ -78,11 +75,7 @@ def merge_adapters(
     before = {path: layer.merge_state() for path, layer in layers.items()} if keep_originals else {}
     if not keep_originals:  # what is overwritten does not come back, so everything is tried first
         for layer in layers.values():
-            state = layer.merge_state()
-            try:
-                _merge_layer(layer, names, quantized, dtype, True)
-            finally:
-                layer.restore_merge(state)
+            _try(layer, names, quantized, dtype)
     try:
         for path, layer in layers.items():
             error = _merge_layer(layer, names, quantized, dtype, keep_originals)
@@ -101,7 +94,7 @@ def refuse_packed_shards(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         MergeError: there is one at a place of ``names``.
     """
-    for path, layer in adapter_layers(model).items():
+    for path, layer in adapter_layers(model).items() if has_shards(model) else ():
         if is_packed(layer.original_base) and any(name in layer.adapters for name in names):
             raise MergeError(
                 f"{path!r} is quantised and sharded over processes, and packed weights are not merged into part by part; save the adapter, and merge "
@@ -171,6 +164,15 @@ def _merge_layer(
         return merge_quantized(layer, names, quantized, dtype, keep_originals=keep_originals)
     layer.merge(names, keep_originals=keep_originals)
     return None
+
+
+def _try(layer: AdapterLayer, names: Sequence[str], quantized: Quantized, dtype: torch.dtype) -> None:
+    """Merge, and have everything as it was."""
+    state = layer.merge_state()
+    try:
+        _merge_layer(layer, names, quantized, dtype, True)
+    finally:
+        layer.restore_merge(state)
 
 
 def unmerge_adapters(model: nn.Module) -> None:

@@ -18,7 +18,6 @@ from lightning_peft.interfaces import Exporter, Method
 from lightning_peft.merging import check_mergeable, merge_adapters, refuse_packed_shards, refuse_shards
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.registry import get_registry
-from lightning_peft.sharded_parameters import has_shards
 
 
 class MergeAdapters(Callback):
@@ -113,8 +112,7 @@ class MergeAdapters(Callback):
         if not self._leaves_to_exporter():
             quantized = self._quantized()
             check_mergeable(root, names, quantized)
-            if has_shards(root):
-                refuse_packed_shards(root, names)
+            refuse_packed_shards(root, names)
             for path, layer in adapter_layers(root).items():
                 here = [name for name in names if name in layer.adapters]
                 if here and quantized == "refuse" and is_packed(layer.base_layer):
