@@ -47,6 +47,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         gather_dtype: dtype in which weights are gathered and computed with; that of each parameter if None. With ``bf16-mixed`` and None
             results are those of DDP bit for bit; ``bf16`` halves what is sent for a base in float32, and rounds norms too.
         reduce_dtype: dtype in which gradients are summed over processes; that of the gradients if None.
+        prefetch: how many units ahead are gathered while one runs; 0 leaves it to FSDP2, which asks for the next one as the host gets there.
         cpu_offload: keep weights and optimizer in the memory of the host. Needs an accelerator.
         activation_checkpointing: keep the inputs of units only, and run their forward again in backward.
         read_weights: leave the values of a base that a loader reads from local safetensors files unread until it is sharded, and then have
@@ -71,6 +72,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         gather_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         reduce_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+        prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
         read_weights: bool = True,
@@ -87,12 +89,14 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         for name, value in (("gather_dtype", gather_dtype), ("reduce_dtype", reduce_dtype)):
             if value is not None and value not in _DTYPES:
                 raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)} or None, got {value!r}")
-        if isinstance(units, str) or replicate < 1:
+        if isinstance(units, str) or replicate < 1 or prefetch < 0:
             raise ConfigError(
-                f"units must be a list and replicate at least 1, got units={units!r}, replicate={replicate}"
+                f"units must be a list, replicate at least 1 and prefetch no less than 0, got units={units!r}, replicate={replicate}, "
+                f"prefetch={prefetch}"
             )
         self.units, self.replicate = None if units is None else list(units), replicate
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.prefetch = prefetch
         self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
         self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
         self.reads_weights = read_weights
@@ -141,7 +145,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         bring_scales(module, self.root_device)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
-        self.sharded_units += shard(module, self.units, self.fully_shard_arguments())
+        self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
         read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         super().setup(trainer)
 
