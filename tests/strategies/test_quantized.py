@@ -32,9 +32,6 @@ def test_two_processes_train_over_packed_weights_what_one_trains(run, precision)
     assert ddp.losses == fsdp.losses
     assert relative(ddp.losses, one.losses) <= (1e-6 if precision == "32-true" else 5e-5)
     assert len(set(one.losses)) == 4
-    for key, value in ddp.state.items():
-        assert value.dtype == torch.float32
-        assert torch.equal(fsdp.state[key], value), key
 
 
 def test_packed_weights_make_a_difference(run):
