@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.agreement import check_agreement
-from lightning_peft.strategies.precision import keeping_adapters
 
 
 class PEFTDDPStrategy(DDPStrategy):
@@ -40,10 +40,14 @@ class PEFTDDPStrategy(DDPStrategy):
         super().__init__(**kwargs)
 
     @override
+    def setup_environment(self) -> None:
+        self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
+        super().setup_environment()
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         check_agreement(self, self.lightning_module)
-        self.precision_plugin = keeping_adapters(self.precision_plugin)
         super().setup(trainer)
 
     @override

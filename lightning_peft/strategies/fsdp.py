@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement
-from lightning_peft.strategies.precision import keeping_adapters
 from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -103,6 +103,11 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigError(
+                f"precision={self.precision_plugin.precision!r} scales the loss by what each process finds in its shards; use 'bf16-mixed'"
+            )
+        self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
         self._setup_distributed()  # and not the two-dimensional mesh of the parent
         if self.world_size % self.replicate:
             raise ConfigError(f"replicate={self.replicate} does not divide the {self.world_size} processes")
@@ -128,7 +133,6 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
         refuse_unshardable(module)
-        self.precision_plugin = keeping_adapters(self.precision_plugin)
         self.precision_plugin.convert_module(module)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
