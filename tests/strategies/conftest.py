@@ -89,6 +89,7 @@ def run(tmp_path):
         save=None,
         fields=None,
         lr=1e-2,
+        val=None,
         **trainer_fields,
     ):
         chosen = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
@@ -124,7 +125,30 @@ def run(tmp_path):
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside the threads of a test runner
             warnings.filterwarnings("ignore", message=".*os.fork.*")
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
-            trainer.fit(module, loader, ckpt_path=resume)
+            trainer.fit(module, loader, val, ckpt_path=resume)
         return Run(json.loads(Path(losses).read_text()), torch.load(losses.with_suffix(".pt")), module, trainer)
 
     return fit
+
+
+@pytest.fixture
+def in_turn():
+    """Return the sampler that deals rows out to processes in turn."""
+    return InTurn
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """Return a function that makes a Trainer of two forked processes."""
+
+    def make(strategy, **fields):
+        chosen = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return Trainer(accelerator="cpu", strategy=chosen, **{"devices": 2, **quiet, **fields})
+
+    return make
