@@ -125,7 +125,9 @@ class _Stack:
     def __init__(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> None:
         self.scales = [adapter.scaling for adapter in adapters]
         self.dtype = dtype
-        self.sources = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+        self.made_of = _marks(tensors)
+        self.alive = True
+        self.sources = [weakref.ref(tensor, self._lost) for tensor in tensors]
         pairs = [adapter.row_factors() for adapter in adapters]
         self.ranks = tuple(len(A) for A, _ in pairs)
         self.A = torch.cat([A for A, _ in pairs]).to(dtype)
@@ -133,14 +135,23 @@ class _Stack:
         # Zero times what is not finite would reach the rows of other adapters.
         self.usable = bool(torch.isfinite(self.B).all())
 
-    def holds(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> bool:
+    def _lost(self, source: weakref.ref[Tensor]) -> None:
+        self.alive = False  # another tensor may get the same address
+
+    def holds(self, dtype: torch.dtype, tensors: list[Tensor], scales: list[float]) -> bool:
         """Tell whether it would be made the same way again."""
-        if dtype != self.dtype or len(tensors) != len(self.sources):
+        if dtype != self.dtype or scales != self.scales or not self.alive:
             return False
-        for tensor, (source, version, pointer) in zip(tensors, self.sources, strict=True):
-            if source() is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
-                return False
-        return self.scales == [adapter.scaling for adapter in adapters]
+        return list(map(id, tensors)) == self.made_of[0] and _marks(tensors) == self.made_of
+
+
+def _marks(tensors: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Return what changes when one of ``tensors`` does."""
+    return (
+        list(map(id, tensors)),
+        [tensor._version for tensor in tensors],
+        [tensor.data_ptr() for tensor in tensors],
+    )
 
 
 _stacks: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
@@ -149,14 +160,18 @@ _stacks: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionar
 
 def _stacked(base: Any, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype) -> _Stack | None:
     """Return the matrices of all adapters, made when they change; None where the masked way is not open."""
-    tensors: list[Tensor] = []
-    for adapter in adapters:
-        if (adapter.dropout and adapter.training) or adapter._parameters.get("bias") is not None:
+    tensors: list[Any] = []
+    scales = []
+    for adapter in adapters:  # asked for at every place in every forward, so without a call where that can be
+        if adapter.training and adapter.dropout:
             return None
-        tensors += adapter.held_tensors()
+        plain = not (adapter._modules or adapter._buffers)
+        tensors += adapter._parameters.values() if plain else adapter.held_tensors()
+        scales.append(adapter.method_scaling * adapter.scale)
     stack = _stacks.get(base)
-    if stack is None or not stack.holds(adapters, dtype, tensors):
-        if any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+    if stack is None or not stack.holds(dtype, tensors, scales):
+        # A trained bias is left to the other ways. Tensors made in inference mode do not count their changes.
+        if any(adapter.bias is not None for adapter in adapters) or any(tensor.is_inference() for tensor in tensors):
             return None
         stack = _stacks[base] = _Stack(adapters, dtype, tensors)
     return stack if stack.usable else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Between:
         return _ByAutograd(self, parts, autocast)
 
 
-class Again:
+class Again(Protocol):
     """A run of :class:`Between` whose gradient is wanted: first :attr:`hidden` is read, then :meth:`dot`, then :meth:`pull`, each once."""
 
     hidden: Tensor
@@ -67,14 +67,12 @@ class Again:
 
     def dot(self, gradient: Tensor) -> Tensor:
         """Return the sum over the features of ``hidden`` times ``gradient`` (rows,)."""
-        raise NotImplementedError
 
     def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
         """Return the gradients of the parts from that of ``hidden``, which is overwritten; in ``out``, if it is given."""
-        raise NotImplementedError
 
 
-class _SwiGLU(Again):
+class _SwiGLU:
     def __init__(self, gate: Tensor, up: Tensor) -> None:
         self.gate, self.up = gate, up
         self.silu = F.silu(gate)
@@ -90,7 +88,7 @@ class _SwiGLU(Again):
         return to_gate, to_up
 
 
-class _ByAutograd(Again):
+class _ByAutograd:
     def __init__(self, between: Between, parts: Sequence[Tensor], autocast: Mapping[str, Any]) -> None:
         with torch.enable_grad(), torch.autocast(**autocast):
             self.parts = [part.detach().requires_grad_() for part in parts]

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -24,7 +25,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
-from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -45,6 +46,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         gather_dtype: dtype in which weights are gathered and computed with; that of each parameter if None. With ``bf16-mixed`` and None
             results are those of DDP bit for bit; ``bf16`` halves what is sent for a base in float32, and rounds norms too.
         reduce_dtype: dtype in which gradients are summed over processes; that of the gradients if None.
+        prefetch: how many units ahead are gathered while one runs; 0 leaves it to FSDP2, which asks for the next one as the host gets there.
         cpu_offload: keep weights and optimizer in the memory of the host. Needs an accelerator.
         activation_checkpointing: keep the inputs of units only, and run their forward again in backward.
         save_distributed_checkpoint: let each process write its part into a folder, in place of one file.
@@ -66,6 +68,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         gather_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         reduce_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+        prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
         save_distributed_checkpoint: bool = False,
@@ -81,12 +84,14 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         for name, value in (("gather_dtype", gather_dtype), ("reduce_dtype", reduce_dtype)):
             if value is not None and value not in _DTYPES:
                 raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)} or None, got {value!r}")
-        if isinstance(units, str) or replicate < 1:
+        if isinstance(units, str) or replicate < 1 or prefetch < 0:
             raise ConfigError(
-                f"units must be a list and replicate at least 1, got units={units!r}, replicate={replicate}"
+                f"units must be a list, replicate at least 1 and prefetch no less than 0, got units={units!r}, replicate={replicate}, "
+                f"prefetch={prefetch}"
             )
         self.units, self.replicate = None if units is None else list(units), replicate
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
+        self.prefetch = prefetch
         self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
         self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
         self.sharded_units: list[str] = []
@@ -113,7 +118,10 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             raise ConfigError(f"replicate={self.replicate} does not divide the {self.world_size} processes")
         shape = (self.replicate, self.world_size // self.replicate)
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
-        mesh["replicate", "shard"]._flatten("data_parallel")
+        flat = mesh["replicate", "shard"]._flatten("data_parallel")
+        for group in (mesh.get_group("replicate"), mesh.get_group("shard"), flat.get_group()):
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)  # new groups wait as long as torch does by default
         self._device_mesh = mesh
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
@@ -132,11 +140,12 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
+        share_values(self, module)
         refuse_unshardable(module)
         self.precision_plugin.convert_module(module)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
-        self.sharded_units += shard(module, self.units, self.fully_shard_arguments())
+        self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
         super().setup(trainer)
 
     def fully_shard_arguments(self) -> dict[str, Any]:

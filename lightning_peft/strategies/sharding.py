@@ -60,13 +60,16 @@ def _kind(place: nn.Module) -> str:
     return type(place.base_layer if isinstance(place, AdapterLayer) else place).__name__
 
 
-def shard(module: nn.Module, policy: Iterable[str] | None, options: Mapping[str, Any]) -> list[str]:
+def shard(
+    module: nn.Module, policy: Iterable[str] | None, options: Mapping[str, Any], *, prefetch: int = 0
+) -> list[str]:
     """Call ``fully_shard`` on the blocks of every model in ``module``, and on the models; return the paths of the units.
 
     Args:
         module: the LightningModule. What it shards itself is left as it is.
         policy: as for :func:`blocks_of`.
         options: arguments of ``fully_shard``.
+        prefetch: how many units ahead are asked for while one runs.
 
     Raises:
         ConfigError: a trained parameter belongs to ``module`` directly, where nothing gathers it.
@@ -84,12 +87,21 @@ def shard(module: nn.Module, policy: Iterable[str] | None, options: Mapping[str,
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
-        for path, block in (blocks_of(child, policy) if policy is not None or _holds(child, roots) else {}).items():
+        blocks = blocks_of(child, policy) if policy is not None or _holds(child, roots) else {}
+        for path, block in blocks.items():
             fully_shard(block, **options)
             units.append(f"{name}.{path}")
+        _prefetch([one for one in child.modules() if any(one is block for block in blocks.values())], prefetch)
         fully_shard(child, **options)
         units.append(name)
     return units
+
+
+def _prefetch(blocks: list[Any], ahead: int) -> None:
+    """Have each of ``blocks``, in the order of forward, ask for so many behind it in forward, and before it in backward."""
+    for number, block in enumerate(blocks if ahead else ()):
+        block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
+        block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
 
 
 def _holds(module: nn.Module, roots: set[int]) -> bool:

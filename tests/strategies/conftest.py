@@ -90,6 +90,7 @@ def run(tmp_path):
         fields=None,
         lr=1e-2,
         val=None,
+        shuffle=False,
         **trainer_fields,
     ):
         chosen = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
@@ -107,7 +108,8 @@ def run(tmp_path):
             for batch in (token_batch(seed=number, rows=rows) for number in range(batches))
             for row in range(rows)
         ]
-        loader = DataLoader(data, batch_size=rows // devices, sampler=InTurn(len(data)))
+        order = {"shuffle": True} if shuffle else {"sampler": InTurn(len(data))}
+        loader = DataLoader(data, batch_size=rows // devices, **order)
         count[0] += 1
         losses = tmp_path / f"losses{count[0]}.json"
         used = [Losses(losses), *callbacks]
@@ -118,7 +120,7 @@ def run(tmp_path):
             **{
                 "accelerator": "cpu", "devices": devices, "strategy": chosen, "max_steps": steps, "logger": False, "callbacks": used,
                 "enable_checkpointing": save is not None or resume is not None, "enable_progress_bar": False, "enable_model_summary": False,
-                "use_distributed_sampler": False, **trainer_fields,
+                "use_distributed_sampler": shuffle, **trainer_fields,
             }
         )  # fmt: skip
         with warnings.catch_warnings():

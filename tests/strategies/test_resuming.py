@@ -77,6 +77,19 @@ def test_two_processes_then_one_then_two(run, tmp_path):
     assert relative([*middle.losses, *last.losses], alone.losses[2:]) <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp folder"])
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_shuffled_run_with_dropout_goes_on_bit_for_bit(run, tmp_path, kind, at):
+    """Within an epoch of three batches, and at its end; each process has random numbers and rows of its own."""
+    fields = {"method": LoRA(rank=4, dropout=0.2), "shuffle": True, "lr": 1e-3, "batches": 3}
+    alone = run(kind, steps=5, **fields)
+    run(kind, steps=at, save=tmp_path / "half", **fields)
+    resumed = run(kind, steps=5, resume=str(tmp_path / "half" / f"step={at}.ckpt"), **fields)
+    assert resumed.losses == alone.losses[at:]
+    for key, value in alone.state.items():
+        assert torch.equal(resumed.state[key], value), key
+
+
 class Gathered(Callback):
     """Counts the elements of sharded tensors that are made whole while a checkpoint is saved."""
 
