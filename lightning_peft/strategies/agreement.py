@@ -101,7 +101,7 @@ def share_values(strategy: ParallelStrategy, module: LightningModule) -> None:
 
 def _drawn(module: LightningModule) -> Iterator[Tensor]:
     """Yield the tensors of ``module`` that may have been drawn at random, each once; none that is sharded or has no values yet."""
-    found = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    found: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for layer in module.modules():
         if isinstance(layer, AdapterLayer):
             found += [*layer.adapters.parameters(), *layer.adapters.buffers()]

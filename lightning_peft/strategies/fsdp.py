@@ -13,7 +13,7 @@ from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.half_precision import keeping_adapters
+from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement, share_values
@@ -170,6 +171,18 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         with _FSDPNoSync(module, enabled=True):
             yield
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with balanced_over(self.world_size):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
+            return super().backward(closure_loss, *args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

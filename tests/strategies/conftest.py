@@ -90,6 +90,7 @@ def run(tmp_path):
         fields=None,
         lr=1e-2,
         val=None,
+        data=None,
         shuffle=False,
         **trainer_fields,
     ):
@@ -103,7 +104,7 @@ def run(tmp_path):
                 optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
                 **(fields or {}),
             )
-        data = [
+        data = data or [
             {**{key: value[row] for key, value in batch.items()}, "labels": batch["input_ids"][row]}
             for batch in (token_batch(seed=number, rows=rows) for number in range(batches))
             for row in range(rows)
