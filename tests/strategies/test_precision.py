@@ -173,7 +173,8 @@ def test_a_setup_that_calls_no_super_is_warned_of(run, tmp_path):
         run(module=Forgetful(), precision="bf16-true", steps=1)
 
 
-def test_the_plugin_serves_any_module(run, tmp_path):
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+def test_any_module_is_served_by_the_plugin_and_by_the_strategies(run, tmp_path, kind):
     class Plain(LightningModule):
         training_step, configure_optimizers = Own.training_step, Own.configure_optimizers
 
@@ -184,7 +185,8 @@ def test_the_plugin_serves_any_module(run, tmp_path):
             self.head = nn.Linear(self.model.config.vocab_size, 3)
 
     module = Plain()
-    run(module=module, plugins=[FrozenHalfPrecision()], callbacks=[Dtypes(tmp_path / "seen.pt")], steps=2)
+    chosen = {"plugins": [FrozenHalfPrecision()]} if kind == "single" else {"precision": "bf16-true"}
+    run(kind, module=module, **chosen, callbacks=[Dtypes(tmp_path / "seen.pt")], steps=2)
     seen = torch.load(tmp_path / "seen.pt")
     assert (seen["trained"], seen["frozen"]) == ({"torch.float32"}, {"torch.bfloat16"})
     assert seen["precision"] == "bf16-true"
