@@ -15,6 +15,7 @@ from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.ending import end_others
 
 
 class PEFTDDPStrategy(DDPStrategy):
@@ -51,6 +52,12 @@ class PEFTDDPStrategy(DDPStrategy):
         assert self.lightning_module is not None
         check_agreement(self, self.lightning_module)
         super().setup(trainer)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
+            end_others(self.launcher)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement, share_values
+from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -173,6 +174,12 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             yield
 
     # -- steps -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
+            end_others(self.launcher)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -58,7 +58,10 @@ def test_lightning_that_is_not_there_is_no_error():
             ["--trainer.strategy=lightning_peft.strategies.PEFTFSDPStrategy", "--trainer.strategy.gather_dtype=bf16"],
             "PEFTFSDPStrategy",
         ),
-        (["--trainer.strategy=lightning_peft.PEFTDDPStrategy", "--trainer.strategy.start_method=fork"], "PEFTDDPStrategy"),
+        (
+            ["--trainer.strategy=lightning_peft.PEFTDDPStrategy", "--trainer.strategy.start_method=fork"],
+            "PEFTDDPStrategy",
+        ),
     ],
 )
 def test_the_command_line_takes_names_and_classes(arguments, expected, tmp_path, monkeypatch):
