@@ -91,7 +91,7 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
             ConfigError: the strategy is FSDP1.
         """
         super().setup(stage)
-        strategy = self.trainer.strategy
+        strategy: Any = getattr(self.trainer, "strategy", None)
         if isinstance(strategy, FSDPStrategy):
             raise ConfigError(
                 f"{type(self).__name__} was given {type(strategy).__name__}, which is FSDP1: it keeps whole gradients of the frozen base, saves the "
