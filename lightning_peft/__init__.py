@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
     from lightning_peft.families import Fused as Fused
     from lightning_peft.families import ModelFamily as ModelFamily
+    from lightning_peft.half_precision import FrozenHalfPrecision as FrozenHalfPrecision
     from lightning_peft.hookspecs import hookimpl as hookimpl
     from lightning_peft.injection import Injection as Injection
     from lightning_peft.interfaces import Adapter as Adapter
@@ -127,7 +128,9 @@ if TYPE_CHECKING:
     from lightning_peft.strategies.cost import communication_cost as communication_cost
     from lightning_peft.strategies.cost import step_cost as step_cost
     from lightning_peft.strategies.cost import tensors_of as tensors_of
+    from lightning_peft.strategies.ddp import PEFTDDPStrategy as PEFTDDPStrategy
     from lightning_peft.strategies.expert_cost import expert_cost as expert_cost
+    from lightning_peft.strategies.fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
     from lightning_peft.summary import trainable_summary as trainable_summary
     from lightning_peft.surgery import delete_adapter as delete_adapter
     from lightning_peft.surgery import inject as inject
@@ -161,6 +164,7 @@ _HOME = {
     "FP4": "plugins.quantizers",
     "ForeignAdapter": "adapter_formats",
     "FullFineTuning": "plugins.full",
+    "FrozenHalfPrecision": "half_precision",
     "Fused": "families",
     "GGUFAdapter": "plugins.gguf_format",
     "GGUFFile": "plugins.gguf_format",
@@ -191,6 +195,8 @@ _HOME = {
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
     "PEFTCLI": "cli",
+    "PEFTDDPStrategy": "strategies.ddp",
+    "PEFTFSDPStrategy": "strategies.fsdp",
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "PTuning": "plugins.p_tuning",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.moe.balance import loss_scale
+from lightning_peft.moe.balance import balanced_over, loss_scale
 from lightning_peft.rows import adapter_rows
 from lightning_peft.saved_modules import own_adapters
 
@@ -64,15 +64,21 @@ class AdapterTraining(_Host):
     @contextlib.contextmanager
     def _rows(self, names: Sequence[Any] | None) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
+            if names is not None:
+                stack.enter_context(
+                    balanced_over(1)
+                )  # a process may have no row for a router, and would not be waited for
             for root in adapted_roots(self) if names is not None else ():
                 stack.enter_context(adapter_rows(root, names or []))
             yield
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Add what the adapters ask for to ``loss``, in its scale, and run backward; losses of routers join in there."""
-        share = 1.0 / self.trainer.accumulate_grad_batches if self.automatic_optimization else 1.0
+        share: float | Tensor = 1.0 / self.trainer.accumulate_grad_batches if self.automatic_optimization else 1.0
+        if (weights := self.__dict__.pop("_loss_weights", None)) is not None:
+            loss, share = loss * weights[0], share * weights[1]
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = share if scaler is None else scaler.scale(torch.full((), share, device=loss.device))
+        scale = share if scaler is None else scaler.scale(torch.as_tensor(share, device=loss.device))
         own = auxiliary_loss(self)
         if own is not None and own.requires_grad:
             loss = loss + (own * scale).to(loss.device, loss.dtype)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+IGNORED = -100
+"""Label of a token that is not predicted, as in transformers."""
+
 
 class MeanPerplexity(MeanMetric):
     """The exponential of the mean loss."""
@@ -40,6 +43,17 @@ def labels_of(batch: Any) -> Tensor | None:
     """Return the token labels (batch, seq) of a language-model batch, or None."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else batch
     return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
+
+
+def tokens_of(model: nn.Module | None, outputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
+    """Return predicted and wanted tokens, both (batch, seq), of a language model; None for any other."""
+    labels, logits = labels_of(batch), field_of(outputs, "logits")
+    if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
+        return None
+    predicted = logits.detach()[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
+    if predicts_the_next_token(model):
+        return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
+    return predicted, labels
 
 
 def field_of(outputs: Any, name: str) -> Any:

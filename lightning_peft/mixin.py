@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -18,7 +20,8 @@ from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_scales, take_schedule
 from lightning_peft.checkpoint_size import with_shared_names, with_shared_scalars
-from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning, MergeError
+from lightning_peft.errors import CheckpointMismatchError, ConfigError, LightningPEFTWarning, MergeError
+from lightning_peft.half_precision import FrozenHalfPrecision, keeping_adapters
 from lightning_peft.injection import adapted_roots
 from lightning_peft.interfaces import Adapter
 from lightning_peft.optimizer_settings import PARAMETERS, SameOptimizers
@@ -79,6 +82,24 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
                 "adapters are compared strictly in on_load_checkpoint"
             )
 
+    # -- where it runs ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Have ``bf16-true`` leave the adapters in float32, before the model is made.
+
+        Raises:
+            ConfigError: the strategy is FSDP1.
+        """
+        super().setup(stage)
+        strategy: Any = getattr(self.trainer, "strategy", None)
+        if isinstance(strategy, FSDPStrategy):
+            raise ConfigError(
+                f"{type(self).__name__} was given {type(strategy).__name__}, which is FSDP1: it keeps whole gradients of the frozen base, saves the "
+                "base into every checkpoint and refuses clipping by norm. Use strategy='peft_fsdp', which is FSDP2"
+            )
+        if isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            strategy.precision_plugin = keeping_adapters(strategy.precision_plugin)
+
     # -- mode ------------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
@@ -107,10 +128,17 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         """Put frozen batch normalisation into eval mode, whoever put the model into train mode."""
         super().on_train_start()
         self._keep_statistics()
-        if self.trainer.precision in ("bf16-true", "16-true") and adapted_roots(self):
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, HalfPrecision) and not isinstance(plugin, FrozenHalfPrecision) and adapted_roots(self):
             warnings.warn(
-                f"precision={self.trainer.precision!r} rounds the adapters to 16 bits too, and small updates of them are lost; "
-                f"use {self.trainer.precision.replace('true', 'mixed')!r} over a base loaded in 16 bits",
+                f"precision={self.trainer.precision!r} rounds the adapters to 16 bits too, and small updates of them are lost; call super().setup() "
+                f"where {type(self).__name__} overrides it, or use {self.trainer.precision.replace('true', 'mixed')!r} over a base loaded in 16 bits",
+                LightningPEFTWarning,
+                stacklevel=2,
+            )
+        elif isinstance(plugin, HalfPrecision) and plugin.precision == "16-true":
+            warnings.warn(
+                "precision='16-true' scales no loss, and gradients too small for float16 become zero; use 'bf16-true'",
                 LightningPEFTWarning,
                 stacklevel=2,
             )

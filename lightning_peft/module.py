@@ -19,14 +19,7 @@ from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
 from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.batch_parts import (
-    MeanPerplexity,
-    field_of,
-    labels_of,
-    predicts_the_next_token,
-    rows_of,
-    target_of,
-)
+from lightning_peft.batch_parts import IGNORED, MeanPerplexity, field_of, rows_of, target_of, tokens_of
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
@@ -44,14 +37,12 @@ from lightning_peft.optimization import (
 from lightning_peft.rows import set_row_adapters
 from lightning_peft.state import load_adapter
 from lightning_peft.targets import Targets
-
-IGNORED = -100
-"""Label of a token that is not predicted, as in transformers."""
+from lightning_peft.token_weighting import TokenWeighting
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
-class PEFTModule(PEFTMixin, LightningModule):
+class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
     """Adapts a pretrained model and trains the adapter. Checkpoints hold the adapter, never the base.
 
     Nothing is loaded before the Trainer calls ``configure_model``. A batch may be
@@ -80,6 +71,8 @@ class PEFTModule(PEFTMixin, LightningModule):
         fingerprint: how checkpoints recognise the base: by ``sampled`` weights, or by a hash of them all too (``complete``), for which
             every save and load reads every weight.
         check_base: whether to refuse a checkpoint or an adapter folder of another base.
+        loss_weighting: whether each batch or each predicted token counts the same in a step of the optimizer, over accumulated batches and
+            over processes.
 
     Raises:
         ConfigError: neither or both of ``method`` and ``adapter`` are given.
@@ -112,6 +105,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         fingerprint: Literal["sampled", "complete"] = "sampled",
         check_base: bool = True,
         by_rows: bool = False,
+        loss_weighting: Literal["batches", "tokens"] = "batches",
     ) -> None:
         super().__init__()
         check_kind(fingerprint)
@@ -133,6 +127,10 @@ class PEFTModule(PEFTMixin, LightningModule):
             )
         if lr_interval not in ("step", "epoch"):
             raise ConfigError(f"lr_interval must be 'step' or 'epoch', got {lr_interval!r}")
+        if loss_weighting not in ("batches", "tokens") or (loss_weighting == "tokens" and loss is not None):
+            raise ConfigError(
+                f"loss_weighting must be 'batches', or 'tokens' with the model's own loss, got {loss_weighting!r} and loss={loss!r}"
+            )
         if not isinstance(base, (nn.Module, ModelLoader)):
             raise ConfigError(f"base must be a model or a ModelLoader such as CausalLMLoader(path=...), got {base!r}")
         self.adapter_name = name
@@ -144,6 +142,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss, self.base_fingerprint, self.check_base, self.by_rows = loss, fingerprint, check_base, by_rows
+        self.loss_weighting = loss_weighting
         self.metrics = nn.ModuleDict()
 
     def _save_plain_hyperparameters(self, adapter: str | None) -> None:
@@ -268,7 +267,10 @@ class PEFTModule(PEFTMixin, LightningModule):
         Raises:
             ConfigError: with ``by_rows``, no row of the batch names an adapter, so that there is nothing to train.
         """
-        loss = self.compute_loss(self.predict_outputs(batch), batch)
+        outputs = self.predict_outputs(batch)
+        loss = self.compute_loss(outputs, batch)
+        if self.loss_weighting == "tokens":
+            loss = self.weigh(loss, (tokens_of(self.model, outputs, batch) or (None, None))[1])
         if self.by_rows and torch.is_grad_enabled() and not loss.requires_grad:
             found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ConfigError(
@@ -300,7 +302,7 @@ class PEFTModule(PEFTMixin, LightningModule):
         self._record(f"{stage}-{dataloader_idx}", outputs, self.compute_loss(outputs, batch).detach(), batch)
 
     def _record(self, key: str, outputs: Any, loss: Tensor, batch: Any) -> None:
-        tokens = self._tokens(outputs, batch) if self.loss is None else None
+        tokens = tokens_of(self.model, outputs, batch) if self.loss is None else None
         metrics = self._metrics_for(key, with_tokens=tokens is not None)
         if tokens is None:
             metrics["loss"].update(loss, weight=rows_of(batch))
@@ -311,16 +313,6 @@ class PEFTModule(PEFTMixin, LightningModule):
             metrics["loss"].update(loss, weight=count)
             metrics["perplexity"].update(loss, weight=count)
             metrics["token_accuracy"].update(((predicted == wanted) & counted).sum() / count, weight=count)
-
-    def _tokens(self, outputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
-        """Return predicted and wanted tokens, both (batch, seq), of a language model; None for any other."""
-        labels, logits = labels_of(batch), field_of(outputs, "logits")
-        if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
-            return None
-        predicted = logits[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
-        if predicts_the_next_token(self.model):
-            return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
-        return predicted, labels
 
     def _metrics_for(self, key: str, *, with_tokens: bool) -> Mapping[str, Metric]:
         if key not in self.metrics:

@@ -57,6 +57,7 @@ ON_REAL_DATA = [file for file in sorted(CONFIGS.glob("*.yaml")) if DATA in file.
 
 
 @pytest.mark.skipif(DATA not in os.environ, reason=f"{DATA} does not name the folder of models and data")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # of forking beside the threads of a test runner
 @pytest.mark.parametrize("config", ON_REAL_DATA, ids=lambda config: config.stem)
 def test_a_configuration_runs(config, working_directory):
     few = ["max_steps=1", "limit_val_batches=1", "val_check_interval=1", "log_every_n_steps=1"]

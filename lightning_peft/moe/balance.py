@@ -8,6 +8,9 @@ For one layer, over the N tokens that are not padding, with f_e = slots of exper
 Pooling layers before the product hides a layer that has collapsed behind one that collapsed on other experts, so each layer has
 a loss of its own. It reaches the gradients through :func:`with_auxiliary_loss`: forward changes nothing, and backward adds the
 gradient of the loss. So the user's ``training_step`` and its loss stay as they are.
+
+Inside :func:`balanced_over` f, P and N are those of all processes: what is balanced is the load of a step, and not of the few rows that
+one process has. Each process gives its part times their number, as gradients are averaged over processes.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_peft.routers import Assignment
 
 _scale: float | Tensor = 1.0  # not thread-local: backward runs on threads of autograd
+_processes = 1  # what gradient checkpointing runs again counts over processes there, too
 
 
 @contextlib.contextmanager
@@ -33,6 +38,27 @@ def loss_scale(scale: float | Tensor) -> Iterator[None]:
         yield
     finally:
         _scale = before
+
+
+@contextlib.contextmanager
+def balanced_over(processes: int) -> Iterator[None]:
+    """Have losses of forward passes that run inside be those of the tokens of all processes, which must all run them."""
+    global _processes
+    before, _processes = _processes, processes
+    try:
+        yield
+    finally:
+        _processes = before
+
+
+@torch.no_grad()
+def sum_over_processes(values: Tensor) -> tuple[Tensor, int]:
+    """Return the sum of ``values`` over the processes that balance together, and how many these are."""
+    if _processes == 1:
+        return values, 1
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total, _processes
 
 
 @torch.library.custom_op("lightning_peft::loss_scale", mutates_args=())
@@ -77,14 +103,17 @@ def load_balancing_loss(assignment: Assignment, mask: Tensor | None = None) -> T
         mask: which tokens are real (n,), bool; None for all.
     """
     p = assignment.probabilities
-    if mask is None:
-        tokens: float | Tensor = max(len(p), 1)
-        mean = p.sum(0) / tokens
-    else:
-        tokens = mask.sum().clamp(min=1)
-        mean = torch.where(mask[:, None], p, 0.0).sum(0) / tokens
-    share = assignment.expert_counts().to(p.dtype) / tokens
-    return assignment.num_experts * (share * mean).sum()
+    tokens = _count(p, mask)
+    mean = (p if mask is None else torch.where(mask[:, None], p, 0.0)).sum(0)  # (experts,)
+    counts = torch.cat([assignment.expert_counts().to(p.dtype), tokens[None]])
+    counts, processes = sum_over_processes(counts)
+    tokens = counts[-1].clamp(min=1)
+    return assignment.num_experts * (counts[:-1] / tokens * (mean * processes / tokens)).sum()
+
+
+def _count(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return how many of ``rows`` (n, ...) are tokens, a scalar."""
+    return rows.new_full((), len(rows)) if mask is None else mask.sum().to(rows.dtype)
 
 
 def z_loss(assignment: Assignment, mask: Tensor | None = None) -> Tensor:
@@ -95,6 +124,6 @@ def z_loss(assignment: Assignment, mask: Tensor | None = None) -> Tensor:
         mask: which tokens are real (n,), bool; None for all.
     """
     squares = torch.logsumexp(assignment.logits, dim=-1).square()  # (n,)
-    if mask is None:
-        return squares.sum() / max(len(squares), 1)
-    return torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1)
+    total = (squares if mask is None else torch.where(mask, squares, 0.0)).sum()
+    tokens, processes = sum_over_processes(_count(squares, mask))
+    return total * processes / tokens.clamp(min=1)

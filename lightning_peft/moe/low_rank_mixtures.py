@@ -27,7 +27,7 @@ from typing_extensions import override
 from lightning_peft.errors import ConfigError
 from lightning_peft.field_checks import check_switches
 from lightning_peft.interfaces import Adapter, Method
-from lightning_peft.moe.balance import load_balancing_loss, with_auxiliary_loss, z_loss
+from lightning_peft.moe.balance import load_balancing_loss, sum_over_processes, with_auxiliary_loss, z_loss
 from lightning_peft.moe.router_choice import check_router_fields, router_named
 from lightning_peft.moe.statistics import Routed
 from lightning_peft.routers import Assignment, Router
@@ -247,8 +247,10 @@ def importance_loss(assignment: Assignment, mask: Tensor | None = None) -> Tenso
     """
     p = assignment.probabilities
     importance = (p if mask is None else torch.where(mask[:, None], p, 0.0)).sum(0)  # (experts,)
+    total, processes = sum_over_processes(importance)
+    importance = importance + (total - importance).detach()  # of all processes; the gradient is that of the part here
     mean = importance.mean()
-    return (importance - mean).square().mean() / mean.square().clamp(min=torch.finfo(p.dtype).tiny)
+    return processes * (importance - mean).square().mean() / mean.square().clamp(min=torch.finfo(p.dtype).tiny)
 
 
 def _to_all(logits: Tensor, mask: Tensor | None) -> Assignment:

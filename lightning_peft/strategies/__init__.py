@@ -14,7 +14,11 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.strategies.ddp import PEFTDDPStrategy as PEFTDDPStrategy
+    from lightning_peft.strategies.fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
 
 _AWAITED = "lightning.pytorch"
 
@@ -81,3 +85,10 @@ class _Then(Loader):
         module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         _register()
+
+
+def __getattr__(name: str) -> Any:
+    for module, kind, _ in STRATEGIES.values():
+        if kind == name:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,19 +14,22 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.half_precision import keeping_adapters
+from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
-from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.agreement import check_agreement, share_values
+from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
-from lightning_peft.strategies.precision import keeping_adapters
 from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,12 +117,20 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigError(
+                f"precision={self.precision_plugin.precision!r} scales the loss by what each process finds in its shards; use 'bf16-mixed'"
+            )
+        self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
         self._setup_distributed()  # and not the two-dimensional mesh of the parent
         if self.world_size % self.replicate:
             raise ConfigError(f"replicate={self.replicate} does not divide the {self.world_size} processes")
         shape = (self.replicate, self.world_size // self.replicate)
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
-        mesh["replicate", "shard"]._flatten("data_parallel")
+        flat = mesh["replicate", "shard"]._flatten("data_parallel")
+        for group in (mesh.get_group("replicate"), mesh.get_group("shard"), flat.get_group()):
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)  # new groups wait as long as torch does by default
         self._device_mesh = mesh
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
@@ -139,7 +150,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
         refuse_unmade(module)
-        self.precision_plugin = keeping_adapters(self.precision_plugin)
+        share_values(self, module)
         refuse_unshardable(module, self._casts())
         self.precision_plugin.convert_module(module)
         bring_scales(module, self.root_device)
@@ -177,6 +188,24 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         with _FSDPNoSync(module, enabled=True):
             yield
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
+            end_others(self.launcher)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with balanced_over(self.world_size):
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
+            return super().backward(closure_loss, *args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def blocks_of(model: nn.Module, policy: Iterable[str] | None = None) -> dict[str
                     f"{', '.join(kinds)}"
                 )
             found |= here
-    return {path: places[path] for path in sorted(found, key=lambda path: -path.count(".")) if path}
+    return {path: places[path] for path in sorted(found, key=lambda path: (-path.count("."), path)) if path}
 
 
 def _kind(place: nn.Module) -> str:

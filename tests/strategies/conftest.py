@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft import AdapterCheckpoint, LoRA, PEFTModule
+from lightning_peft.sharded_tensors import gathered
 from lightning_peft.strategies.ddp import PEFTDDPStrategy
 from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama, token_batch
@@ -40,7 +41,7 @@ class InTurn(Sampler):
 
 
 class Losses(Callback):
-    """Writes the mean of the losses of all processes, for each batch."""
+    """Writes the mean of the losses of all processes for each batch, and the state of the module at the end, whole."""
 
     def __init__(self, path):
         self.path, self.losses = path, []
@@ -50,8 +51,12 @@ class Losses(Callback):
         self.losses.append(float(trainer.strategy.reduce(loss)))
 
     def on_train_end(self, trainer, module):
+        state = gathered(
+            dict(module.state_dict()), keep=True
+        )  # a process that started others has no model to look into
         if trainer.is_global_zero:
             self.path.write_text(json.dumps(self.losses))
+            torch.save({key: value.detach().clone() for key, value in state.items()}, self.path.with_suffix(".pt"))
 
 
 @dataclass
@@ -85,6 +90,7 @@ def run(tmp_path):
         fields=None,
         lr=1e-2,
         val=None,
+        data=None,
         shuffle=False,
         **trainer_fields,
     ):
@@ -98,7 +104,7 @@ def run(tmp_path):
                 optimizer=lambda p: torch.optim.AdamW(p, lr=lr),
                 **(fields or {}),
             )
-        data = [
+        data = data or [
             {**{key: value[row] for key, value in batch.items()}, "labels": batch["input_ids"][row]}
             for batch in (token_batch(seed=number, rows=rows) for number in range(batches))
             for row in range(rows)
@@ -123,7 +129,29 @@ def run(tmp_path):
             warnings.filterwarnings("ignore", message=".*os.fork.*")
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
             trainer.fit(module, loader, val, ckpt_path=resume)
-        state = {key: value.clone() for key, value in module.state_dict().items()} if module.model is not None else {}
-        return Run(json.loads(Path(losses).read_text()), state, module, trainer)
+        return Run(json.loads(Path(losses).read_text()), torch.load(losses.with_suffix(".pt")), module, trainer)
 
     return fit
+
+
+@pytest.fixture
+def in_turn():
+    """Return the sampler that deals rows out to processes in turn."""
+    return InTurn
+
+
+@pytest.fixture
+def forked(tmp_path):
+    """Return a function that makes a Trainer of two forked processes."""
+
+    def make(strategy, **fields):
+        chosen = STRATEGIES[strategy]() if isinstance(strategy, str) else strategy
+        quiet = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        return Trainer(accelerator="cpu", strategy=chosen, **{"devices": 2, **quiet, **fields})
+
+    return make

@@ -59,7 +59,7 @@ def test_any_strategy_goes_on_from_any_other(run, saved, whole, before, after):
     losses = alone.losses[STEPS // 2 :]
     if after == before or {before, after} <= {"fsdp", "fsdp folder", "ddp"}:
         assert resumed.losses == losses
-        assert resumed.state.keys() == alone.state.keys()
+        assert resumed.state and resumed.state.keys() == alone.state.keys()
         for key, value in alone.state.items():
             assert torch.equal(resumed.state[key], value), key
     else:
@@ -86,6 +86,7 @@ def test_a_shuffled_run_with_dropout_goes_on_bit_for_bit(run, tmp_path, kind, at
     run(kind, steps=at, save=tmp_path / "half", **fields)
     resumed = run(kind, steps=5, resume=str(tmp_path / "half" / f"step={at}.ckpt"), **fields)
     assert resumed.losses == alone.losses[at:]
+    assert alone.state
     for key, value in alone.state.items():
         assert torch.equal(resumed.state[key], value), key
 

@@ -12,19 +12,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import HalfPrecision, Precision
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
+
+from lightning_peft.adapter_layer import AdapterLayer
 
 
 class FrozenHalfPrecision(HalfPrecision):
-    """Rounds the frozen tensors of a module to 16 bits and leaves what is trained in float32; both meet under autocast.
+    """Rounds the frozen base to 16 bits and leaves what is trained, and adapters that are not active, in float32.
+
+    Both meet under autocast. A :class:`~lightning_peft.PEFTMixin` and the strategies of this package take it by themselves for
+    ``Trainer(precision="bf16-true")``; with other modules and strategies it is ``Trainer(plugins=[FrozenHalfPrecision()])``.
 
     Args:
-        precision: ``bf16-true`` or ``16-true``.
+        precision: ``bf16-true`` or ``16-true``. In float16 nothing scales the loss, and small gradients become zero.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
@@ -35,28 +41,39 @@ class FrozenHalfPrecision(HalfPrecision):
     def __init__(self, precision: Literal["bf16-true", "16-true"] = "bf16-true") -> None:
         super().__init__(precision)
         self.dtype: torch.dtype = self._desired_input_dtype
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Round frozen parameters in place; buffers stay, as rotary frequencies and statistics need their digits."""
+        """Round frozen parameters in place; buffers stay, as rotary frequencies and statistics need their digits.
+
+        Quantised weights stay too: what looks like numbers in float16 there are packed bytes.
+        """
+        kept = {id(p) for m in module.modules() if isinstance(m, AdapterLayer) for p in m.adapters.parameters()}
         for parameter in module.parameters():
-            if not parameter.requires_grad and parameter.is_floating_point():
+            frozen = not parameter.requires_grad and id(parameter) not in kept
+            if frozen and parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
                 parameter.data = parameter.data.to(self.dtype)
         return module
+
+    @override
+    def connect(self, model: nn.Module, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
+        """Note where the model is, which is where autocast acts."""
+        first = next(model.parameters(), None)
+        self._device = self._device if first is None else first.device.type
+        return super().connect(model, optimizers, lr_schedulers)
 
     @contextlib.contextmanager
     @override
     def forward_context(self) -> Generator[None, None, None]:
         """Run under autocast."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        with torch.autocast(device, dtype=self.dtype):
+        with torch.autocast(self._device, dtype=self.dtype, cache_enabled=False):
             yield
 
-    @contextlib.contextmanager
     @override
-    def module_init_context(self) -> Generator[None, None, None]:
-        """Build modules in the dtype they ask for."""
-        yield
+    def tensor_init_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Make tensors and modules in the dtype they ask for."""
+        return contextlib.nullcontext()
 
 
 def keeping_adapters(plugin: Precision) -> Precision:
