@@ -24,6 +24,7 @@ from lightning_peft import (
     set_active_adapters,
 )
 from lightning_peft.errors import CheckpointMismatchError, ConfigError
+from lightning_peft.population.resuming import STATE
 from lightning_peft.population.standings import Standings
 from lightning_peft.testing.subject import distance
 from lightning_peft.testing.toys import tiny_llama, token_batch
@@ -146,17 +147,30 @@ def test_a_run_that_resumes_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_between_the_last_batch_and_its_validation_is_told(make_trainer, make_loaders, tmp_path):
-    every = ModelCheckpoint(dirpath=tmp_path / "e", every_n_train_steps=8, save_top_k=-1)
-    make_trainer(tmp_path, max_epochs=2, callbacks=[every, PopulationCheckpoint(table=False)]).fit(
-        module(), *make_loaders()
-    )
-    again = make_trainer(
-        tmp_path, max_epochs=2, callbacks=[ModelCheckpoint(dirpath=tmp_path / "f", every_n_train_steps=8)]
-    )
-    one = module()
+@pytest.mark.parametrize(
+    ("options", "due"),
+    [
+        ({}, {8, 16}),
+        ({"val_check_interval": 4}, {4, 8, 12, 16}),
+        ({"val_check_interval": 4, "accumulate_grad_batches": 2}, {2, 4, 6, 8}),
+        ({"val_check_interval": 6, "check_val_every_n_epoch": None}, {6, 12}),
+        ({"check_val_every_n_epoch": 2}, {16}),
+    ],
+    ids=["epoch", "interval", "accumulation", "across epochs", "every second epoch"],
+)
+def test_a_checkpoint_between_a_batch_and_its_validation_is_told(options, due, make_trainer, make_loaders, tmp_path):
+    every = ModelCheckpoint(dirpath=tmp_path / "e", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [every, PopulationCheckpoint(table=False)]
+    chosen = [replace(one, lr_scheduler=None) for one in members(None)]
+    first = make_trainer(tmp_path, max_epochs=2, callbacks=callbacks, **options)
+    first.fit(module(chosen), *make_loaders())
+    files = {step: tmp_path / "e" / f"step={step}.ckpt" for step in range(1, first.global_step + 1)}
+    stored = {step: torch.load(file, weights_only=False)[STATE] for step, file in files.items()}
+    assert {step for step, state in stored.items() if state["validation_due"]} == due
+    every = ModelCheckpoint(dirpath=tmp_path / "f", every_n_train_steps=1)
+    again = make_trainer(tmp_path, max_steps=min(due), callbacks=[every], **options)
     with pytest.warns(LightningPEFTWarning, match="before the validation that follows"):
-        again.fit(one, *make_loaders(), ckpt_path=tmp_path / "e" / "epoch=0-step=8.ckpt")
+        again.fit(module(chosen), *make_loaders(), ckpt_path=files[min(due)])
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
