@@ -299,6 +299,12 @@ class PopulationModule(PEFTModule):
         super().on_train_end()
         self.standings.finish()
 
+    @override
+    def on_fit_end(self) -> None:
+        """Say it of a fit that had no step to do as well."""
+        super().on_fit_end()
+        self.standings.finish()
+
     # -- optimisation ----------------------------------------------------------------------------------------------
 
     @override
@@ -356,10 +362,9 @@ class PopulationModule(PEFTModule):
         """Begin anew with all members, if a fit begins."""
         super().setup(stage)
         self._not_finite.clear()
-        if stage != "fit":
-            return
-        self.standings = Standings(list(self.members.values()), self.mode, self.halving)
-        refuse_shared(self.trainer)
+        if stage == "fit":
+            self.standings = Standings(list(self.members.values()), self.mode, self.halving)
+            refuse_shared(self.trainer)
 
     @override
     def on_fit_start(self) -> None:

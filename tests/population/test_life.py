@@ -319,6 +319,28 @@ def test_nobody_is_trained_after_all_have_stopped_while_the_trainer_goes_on(
     assert all(torch.equal(value, adapter_tensors(short)[key]) for key, value in adapter_tensors(one).items())
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_fit_without_a_step_to_do_ends_as_any(resumed, make_trainer, make_loaders, adapter_tensors, tmp_path):
+    saving, ckpt = AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True), None
+    chosen = [Member(LoRA(rank=2), None, name, lr=1e-2, seed=1) for name in "ab"]
+    if resumed:
+        make_trainer(tmp_path, max_epochs=1, callbacks=[saving]).fit(module(chosen), *make_loaders())
+        ckpt = tmp_path / "c" / "last.ckpt"
+    one, callbacks = module(chosen), [AdapterCheckpoint(dirpath=tmp_path / "d"), PopulationCheckpoint(tmp_path / "m")]
+    make_trainer(tmp_path, max_epochs=int(resumed), callbacks=callbacks).fit(one, *make_loaders(), ckpt_path=ckpt)
+    assert [(result.status, result.steps) for result in one.ranking()] == [("finished", 8 * resumed)] * 2
+    stored = json.loads((tmp_path / "m" / "results.json").read_text())["members"]
+    assert [result["status"] for result in stored] == ["finished"] * 2
+    again = tiny_llama()
+    load_adapter(again, tmp_path / "m" / "a" / "last", name="a")
+    wanted = adapter_tensors(one, "a")
+    for path, value in again.state_dict().items():
+        if ".adapters.a." in path:
+            key = f"model.{path}".replace(".base_layer", "").replace(".adapters.a.", ".adapters.X.")
+            assert torch.equal(value, wanted[key]), path
+
+
 def test_halving_by_epochs_keeps_so_many():
     four = [Member(LoRA(), name=name) for name in "abcd"]
     standings = Standings(four, "max", Halving(at=[1, 2], unit="epoch", eta=4, keep=2))
