@@ -6,15 +6,19 @@ STAMP := $(VENV)/.installed
 # Tests run in as many processes as there are cores, one thread each.
 JOBS ?= auto
 export HF_HUB_OFFLINE ?= 1
-test check: export OMP_NUM_THREADS ?= 1
+test check test-launched: export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test test-launched check clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Programs of several processes and hosts, which take tens of seconds each; some need Linux and root.
+test-launched: $(STAMP)
+	$(BIN)/python -m pytest -m "launched or namespaces"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -124,6 +124,10 @@ if TYPE_CHECKING:
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
+    from lightning_peft.strategies.cost import communication_cost as communication_cost
+    from lightning_peft.strategies.cost import step_cost as step_cost
+    from lightning_peft.strategies.cost import tensors_of as tensors_of
+    from lightning_peft.strategies.expert_cost import expert_cost as expert_cost
     from lightning_peft.summary import trainable_summary as trainable_summary
     from lightning_peft.surgery import delete_adapter as delete_adapter
     from lightning_peft.surgery import inject as inject
@@ -223,10 +227,12 @@ _HOME = {
     "bring_back_adapters": "offloading",
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",
+    "communication_cost": "strategies.cost",
     "delete_adapter": "surgery",
     "diff_adapters": "adapter_tools.comparing",
     "distil_adapter": "adapter_tools.distilling",
     "drop_adapters": "activation",
+    "expert_cost": "strategies.expert_cost",
     "extract_lora": "adapter_tools.conversion",
     "get_registry": "registry",
     "hookimpl": "hookspecs",
@@ -254,7 +260,9 @@ _HOME = {
     "set_active_adapters": "activation",
     "set_row_adapters": "rows",
     "spectrum": "adapter_tools.comparing",
+    "step_cost": "strategies.cost",
     "swap_adapter": "swapping",
+    "tensors_of": "strategies.cost",
     "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",
     "unload_adapters": "surgery",

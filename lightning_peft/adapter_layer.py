@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_peft.errors import AdapterNotFoundError, InjectionError, MergeError
 from lightning_peft.interfaces import Adapter
+from lightning_peft.sharded_parameters import kept, merged_whole, put
 
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
@@ -213,7 +214,7 @@ class AdapterLayer(nn.Module):
         originals: dict[str, Tensor] = {}
         try:
             for name in names:
-                for key, value in self._adapter(name).merged_parameters(self.base_layer).items():
+                for key, value in merged_whole(self._adapter(name), self.base_layer).items():
                     parameter = self.base_layer.get_parameter(key)
                     if value.shape != parameter.shape or not parameter.is_floating_point():
                         raise MergeError(
@@ -224,8 +225,8 @@ class AdapterLayer(nn.Module):
                         raise MergeError(
                             f"merging adapter {name!r} makes {key!r} non-finite; the weights are unchanged"
                         )
-                    originals.setdefault(key, parameter.data)
-                    parameter.data = value.to(parameter.dtype)
+                    originals.setdefault(key, kept(parameter))
+                    put(parameter, value)
         except BaseException:
             self._restore(originals)
             raise
@@ -252,7 +253,7 @@ class AdapterLayer(nn.Module):
 
     def merge_state(self) -> MergeState:
         """Return what is merged here, for :meth:`restore_merge`. Nothing is copied, but what was replaced since stays in memory."""
-        values = {key: p.data for key, p in self.base_layer.named_parameters() if p.is_floating_point()}
+        values = {key: kept(p) for key, p in self.base_layer.named_parameters() if p.is_floating_point()}
         return MergeState(self.base_layer, values, self._merged, dict(self._originals), self._replaced, self._permanent)
 
     def restore_merge(self, state: MergeState) -> None:
@@ -286,8 +287,7 @@ class AdapterLayer(nn.Module):
 
     def _restore(self, originals: Mapping[str, Tensor]) -> None:
         for key, value in originals.items():
-            parameter = self.base_layer.get_parameter(key)
-            parameter.data = value.to(parameter)  # the model may have moved, or been cast, since
+            put(self.base_layer.get_parameter(key), value)  # the model may have moved, or been cast, since
 
     # -- looking like the base -------------------------------------------------------------------------------------
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters
+from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters, unwrapped
 from lightning_peft.errors import ConfigError
 from lightning_peft.quantized_layers import packed_layers
+from lightning_peft.unread_weights import Unread, unread
 
 SAMPLES = 16
 """Elements taken from each parameter."""
@@ -65,7 +66,7 @@ class Fingerprint:
 
 
 def fingerprint(model: nn.Module) -> Fingerprint | None:
-    """Return the fingerprint of the base of ``model``, or None while its weights are on the meta device.
+    """Return the fingerprint of the base of ``model``, or None while its weights are on the meta device and not in a file.
 
     Merged adapters do not count: the fingerprint is that of the weights before the merge. Of sharded weights each process samples its
     part and the samples are put together, so all processes must call this; no weight is gathered.
@@ -73,9 +74,13 @@ def fingerprint(model: nn.Module) -> Fingerprint | None:
     if id(model) in _remembered:
         return _remembered[id(model)][0]
     named = [(name, tensor) for name, tensor in _base_tensors(model) if tensor.is_floating_point()]
-    if not named or any(tensor.is_meta for _, tensor in named):
+    waiting = _unread(model)
+    if not named or any(tensor.is_meta and name not in waiting for name, tensor in named):
         return None
-    samples = _put_together([_sample(tensor) for _, tensor in named], [tensor for _, tensor in named])
+    samples = _put_together(
+        [_sample_in_file(waiting[name], tensor) if tensor.is_meta else _sample(tensor) for name, tensor in named],
+        [tensor for _, tensor in named],
+    )
     by_device: dict[torch.device, list[int]] = {}
     for index, sample in enumerate(samples):
         by_device.setdefault(sample.device, []).append(index)
@@ -122,9 +127,10 @@ def full_digests(model: nn.Module) -> dict[str, str]:
     if id(model) in _remembered:
         return _remembered[id(model)][1]
     found = {}
+    waiting = _unread(model)
     for name, tensor in _base_tensors(model):
-        if tensor.is_floating_point() and not tensor.is_meta:
-            whole: Any = tensor.detach()
+        if tensor.is_floating_point() and (not tensor.is_meta or name in waiting):
+            whole: Any = waiting[name].read() if tensor.is_meta else tensor.detach()
             flat = (whole.full_tensor() if hasattr(whole, "full_tensor") else whole).reshape(-1)
             digest = hashlib.sha256("x".join(map(str, tensor.shape)).encode())
             for part in flat.split(_CHUNK):
@@ -229,6 +235,19 @@ def _sample(tensor: Tensor) -> Tensor:
         flat: Tensor = (here.full_tensor() if hasattr(here, "full_tensor") else here).reshape(-1)
         sample = flat[sampled_places(flat.numel()).to(flat.device)]
     return sample.to(torch.float32).to(torch.bfloat16)
+
+
+def _sample_in_file(value: Unread, tensor: Tensor) -> Tensor:
+    return value.elements(sampled_places(tensor.numel()).tolist()).to(torch.float32).to(torch.bfloat16)
+
+
+def _unread(model: nn.Module) -> dict[str, Unread]:
+    """Return the parameters of the base whose values are still in their file, by name."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in base_modules(model)
+        for name, value in unread(unwrapped(module)).items()
+    }
 
 
 def _by_rows(tensor: Any) -> bool:

@@ -346,6 +346,8 @@ class Quantizer(Named, ABC):
 
     rounds_inputs: ClassVar[bool] = False
     """Layers round their inputs too, so that a difference in the last bit of one becomes a step in the output."""
+    fsdp_ready: ClassVar[bool] = False
+    """Layers read their packed weight as a parameter in forward, and keep no other reference to it, so that FSDP2 shards it."""
 
     @abstractmethod
     def quantize(self, linear: nn.Linear) -> nn.Module:

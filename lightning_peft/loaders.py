@@ -6,6 +6,7 @@ A loader is a frozen dataclass, so it can stand in a YAML file, be validated at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,14 @@ class ModelLoader(ABC):
         leave it to the injection.
         """
         return self.load()
+
+    def load_unread(self) -> nn.Module | None:
+        """Return the base model without the values of its parameters, which are on the meta device with notes of where they are.
+
+        Asked for where every process keeps a part of the base only: see :mod:`lightning_peft.unread_weights`. None says that this
+        loader, or what it loads, cannot be read in parts.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,21 @@ class CausalLMLoader(ModelLoader):
 
         return self._ready(load_layerwise(self._from_pretrained, method))
 
+    @override
+    def load_unread(self) -> nn.Module | None:
+        """Return the model of a local folder of safetensors files; None for any other, or one that is quantised or brings code.
+
+        Raises:
+            ConfigError: the files lack a weight, or hold one in another shape.
+        """
+        if self.trust_remote_code or self.revision is not None or self._is_quantized():
+            return None
+        from lightning_peft.out_of_core.unread_models import unread_model
+
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        model = unread_model(self.path, dtype=self.dtype, **attention)
+        return None if model is None else self._ready(model)
+
     def _from_pretrained(self, **more: Any) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
@@ -125,3 +149,20 @@ class CausalLMLoader(ModelLoader):
             enable({"use_reentrant": False})
             model.config.use_cache = False
         return loaded.train()
+
+
+def loaded(base: ModelLoader | nn.Module, strategy: object, methods: Sequence[Method]) -> nn.Module:
+    """Return the base, without its values where ``strategy`` has each process read what it keeps and nothing needs them before.
+
+    Args:
+        base: a loader, or the model itself.
+        strategy: that of the Trainer, if there is one.
+        methods: those that adapt the base; it is loaded for the first one.
+    """
+    if isinstance(base, nn.Module):
+        return base
+    needed = any(type(one).prepare is not Method.prepare or one.data_driven for one in methods)
+    model = base.load_unread() if getattr(strategy, "reads_weights", False) and not needed else None
+    if model is not None:
+        return model
+    return base.load_for(methods[0]) if methods else base.load()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.activation import active_adapters
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapter_names, adapters_named
 from lightning_peft.injection import records
-from lightning_peft.merging import check_mergeable, chosen_names, merge_adapters
+from lightning_peft.merging import check_mergeable, chosen_names, merge_adapters, refuse_shards
 from lightning_peft.quantized_merging import Quantized, unpack_layers
 from lightning_peft.surgery import unload_adapters
 
@@ -51,6 +51,7 @@ def merged_copy(
           (1): Linear(in_features=4, out_features=2, bias=True)
         )
     """
+    refuse_shards(model, "a merged copy cannot be made")
     if not adapter_names(model):
         adapters_named(model, "default")  # raises, saying that there are none
     held = {name for layer in adapter_layers(model).values() for name in layer.merged}

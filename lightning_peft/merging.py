@@ -24,6 +24,7 @@ from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.quantized_merging import MergeReport, Quantized, WeightError, dense_dtype, merge_quantized
 from lightning_peft.rows import refuse_in_rows
+from lightning_peft.sharded_parameters import has_shards, reshard
 
 
 def merge_adapters(
@@ -37,7 +38,7 @@ def merge_adapters(
     """Fold adapters into the weights of the base, in place; :func:`unmerge_adapters` restores the base bit for bit.
 
     Args:
-        model: an adapted model.
+        model: an adapted model; if FSDP2 shards it, all processes must call this, and each keeps its part of what is merged.
         names: adapters to merge; the active ones that are not merged yet if None.
         quantized: what to do where the base is quantised: ``refuse``; ``dequantize`` puts a weight in the precision of the rest of the
             model there, which loses next to nothing and takes the memory; ``requantize`` quantises the merged weight again with the
@@ -64,6 +65,8 @@ def merge_adapters(
         raise ConfigError(
             f"probe compares with the adapted model, but adapter {idle[0]!r} is not active; activate it first"
         )
+    refuse_packed_shards(model, names)
+    reshard(model)
     fetch_offloaded(model, names)
     expected = None if probe is None else outputs(model, probe)
     layers = adapter_layers(model)
@@ -72,11 +75,7 @@ def merge_adapters(
     before = {path: layer.merge_state() for path, layer in layers.items()} if keep_originals else {}
     if not keep_originals:  # what is overwritten does not come back, so everything is tried first
         for layer in layers.values():
-            state = layer.merge_state()
-            try:
-                _merge_layer(layer, names, quantized, dtype, True)
-            finally:
-                layer.restore_merge(state)
+            _try(layer, names, quantized, dtype)
     try:
         for path, layer in layers.items():
             error = _merge_layer(layer, names, quantized, dtype, keep_originals)
@@ -87,6 +86,37 @@ def merge_adapters(
         for path, merged in before.items():
             layers[path].restore_merge(merged)
         raise
+
+
+def refuse_packed_shards(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to merge into quantised weights of which each process holds a part.
+
+    Raises:
+        MergeError: there is one at a place of ``names``.
+    """
+    for path, layer in adapter_layers(model).items() if has_shards(model) else ():
+        if is_packed(layer.original_base) and any(name in layer.adapters for name in names):
+            raise MergeError(
+                f"{path!r} is quantised and sharded over processes, and packed weights are not merged into part by part; save the adapter, and merge "
+                "its folder with 'lightning-peft merge --out_of_core' into the base in 16 or 32 bit"
+            )
+
+
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """Refuse what needs the whole model in one process, where each holds a part.
+
+    Args:
+        model: any module.
+        what: what cannot be done.
+
+    Raises:
+        MergeError: a parameter is sharded.
+    """
+    if has_shards(model):
+        raise MergeError(
+            f"{what}: the weights of {type(model).__name__} are sharded over processes, and none holds what is needed; save the adapter with "
+            "AdapterCheckpoint, and write the model with 'lightning-peft merge --out_of_core'"
+        )
 
 
 def chosen_names(model: nn.Module, names: Sequence[str] | str | None) -> list[str]:
@@ -136,6 +166,15 @@ def _merge_layer(
     return None
 
 
+def _try(layer: AdapterLayer, names: Sequence[str], quantized: Quantized, dtype: torch.dtype) -> None:
+    """Merge, and have everything as it was."""
+    state = layer.merge_state()
+    try:
+        _merge_layer(layer, names, quantized, dtype, True)
+    finally:
+        layer.restore_merge(state)
+
+
 def unmerge_adapters(model: nn.Module) -> None:
     """Take all merged adapters out of the weights again: the base is bit for bit what it was.
 
@@ -145,6 +184,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     layers = [layer for layer in adapter_layers(model).values() if layer.merged]
     if not layers:
         raise MergeError(f"{type(model).__name__} has no merged adapter to unmerge")
+    reshard(model)
     refuse_permanent(model, "taken out")
     for layer in layers:
         layer.unmerge()

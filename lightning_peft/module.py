@@ -33,7 +33,7 @@ from lightning_peft.composition import Adaptation, holds_several, inject_all, lo
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
-from lightning_peft.loaders import ModelLoader
+from lightning_peft.loaders import ModelLoader, loaded
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import (
     parameter_groups,
@@ -166,7 +166,7 @@ class PEFTModule(PEFTMixin, LightningModule):
             return
         base = self.__dict__["_base"]
         if self.adapter is not None:
-            model: nn.Module = base.load() if isinstance(base, ModelLoader) else base
+            model: nn.Module = loaded(base, self._strategy(), [])
             if holds_several(self.adapter):
                 load_adapters(model, self.adapter, trainable=True, check_base=self.check_base)
             else:
@@ -179,7 +179,8 @@ class PEFTModule(PEFTMixin, LightningModule):
                     format=self.adapter_format,
                 )
         else:
-            model = base.load_for(self._loading_method()) if isinstance(base, ModelLoader) else base
+            methods = [self._loading_method(), *(one.method for one in self.adaptations)]
+            model = loaded(base, self._strategy(), methods)
             self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
@@ -187,6 +188,9 @@ class PEFTModule(PEFTMixin, LightningModule):
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
         self.model = model.train()
         self._initialize_from_data()
+
+    def _strategy(self) -> object:
+        return self._trainer and self._trainer.strategy
 
     def _inject(self, model: nn.Module) -> None:
         inject_all(model, self.adaptations, by_rows=self.by_rows)

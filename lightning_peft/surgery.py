@@ -45,6 +45,7 @@ from lightning_peft.registry import get_registry
 from lightning_peft.rows import refuse_in_rows
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
 from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
+from lightning_peft.unread_weights import weights_at_hand
 
 _NESTED = "_lightning_peft_use_nested_tensor"
 """Attribute of an adapted ``nn.TransformerEncoder``: its own ``use_nested_tensor``."""
@@ -178,16 +179,16 @@ def new_adapters(model: nn.Module, injection: Injection, family: ModelFamily) ->
     overrides = _overrides(model, method, injection.targets, family)
     modules = {path: unwrapped(module) for path, module in base_modules(model)}
     targets = all_places(model, injection, family)
-    copies: dict[str, Adapter] = {
-        path: SavedParameters(modules[path], names)
-        for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items()
-    }
+    copies: dict[str, Adapter] = {}
+    for path, names in saved_places(model, injection.saved, [target.path for target in targets]).items():
+        with weights_at_hand(modules[path]):
+            copies[path] = SavedParameters(modules[path], names)
+            copies[path].reset_parameters(modules[path])
     fresh: dict[str, Adapter] = {}
-    for path, adapter in copies.items():
-        adapter.reset_parameters(modules[path])
     for target in targets:
-        adapter = method.at(**overrides.get(target.path, {})).adapter(modules[target.path], target)
-        adapter.reset_parameters(modules[target.path])
+        with weights_at_hand(modules[target.path]):
+            adapter = method.at(**overrides.get(target.path, {})).adapter(modules[target.path], target)
+            adapter.reset_parameters(modules[target.path])
         fresh[target.path] = adapter
     method.connect(model, fresh)
     return copies | fresh

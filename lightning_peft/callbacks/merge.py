@@ -15,7 +15,7 @@ from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.errors import AdapterNotFoundError, ConfigError, MergeError
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.interfaces import Exporter, Method
-from lightning_peft.merging import check_mergeable, merge_adapters
+from lightning_peft.merging import check_mergeable, merge_adapters, refuse_packed_shards, refuse_shards
 from lightning_peft.quantized_layers import is_packed
 from lightning_peft.registry import get_registry
 
@@ -74,6 +74,8 @@ class MergeAdapters(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse adapters that cannot be merged, now that the model is there."""
         roots = self._roots(pl_module)
+        for root in roots if self.export_to is not None else ():
+            refuse_shards(root, f"MergeAdapters cannot write {self.export_to!r}")
         if self.names is None:
             for root in roots:
                 self._check(root, active_adapters(root))
@@ -110,6 +112,7 @@ class MergeAdapters(Callback):
         if not self._leaves_to_exporter():
             quantized = self._quantized()
             check_mergeable(root, names, quantized)
+            refuse_packed_shards(root, names)
             for path, layer in adapter_layers(root).items():
                 here = [name for name in names if name in layer.adapters]
                 if here and quantized == "refuse" and is_packed(layer.base_layer):

@@ -14,6 +14,7 @@ from lightning_peft import __version__
 from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, print_spectrum, prune
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.base_verbs import fingerprint
+from lightning_peft.cli.checkpoint_verbs import consolidate
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import convert, generate, merge
 from lightning_peft.errors import LightningPEFTError
@@ -38,6 +39,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "prune": prune,
     "to-lora": convert_to_lora,
     "fingerprint": fingerprint,
+    "consolidate": consolidate,
     "methods": methods,
     "plugins": plugins,
 }
@@ -50,6 +52,7 @@ FLAGS = {
     },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
     "fingerprint": {"complete": "Hash every weight of the base too."},
+    "consolidate": {"adapter": "Write an adapter folder to share instead of a .ckpt to resume from."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
 }
 """Arguments of a verb that are given without a value, with their help."""
@@ -67,6 +70,10 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
     "diff": {"a": {"help": "LoRA folder, ours or HF PEFT's."}, "b": {"help": "Another one, of any rank."}},
     "spectrum": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
     "prune": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
+    "consolidate": {
+        "folder": {"help": "Checkpoint folder of a sharded run."},
+        "output": {"help": "The .ckpt file to write, or with --adapter the folder."},
+    },
 }
 """Arguments of a verb that are given as words without their name, or as several words."""
 

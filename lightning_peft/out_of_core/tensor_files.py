@@ -66,14 +66,22 @@ class Entry:
 
     def read(self) -> Tensor:
         """Return the tensor, in memory of its own."""
+        return self.rows(0, self.shape[0]) if self.shape else self._piece((), 0, self.size)
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """Return the elements of the first dimension from ``first`` up to ``stop``, in memory of their own, reading nothing else."""
+        width = self.size // max(1, self.shape[0])
+        return self._piece((stop - first, *self.shape[1:]), first * width, (stop - first) * width)
+
+    def _piece(self, shape: Sequence[int], offset: int, size: int) -> Tensor:
         if self.dtype not in DTYPES:
             raise AdapterFileError(
                 f"{str(self.file)!r}: {self.name!r} has the dtype {self.dtype}, which cannot be read here"
             )
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        if self.size:
+        tensor = torch.empty(tuple(shape), dtype=DTYPES[self.dtype])
+        if size:
             with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start)
+                file.seek(self.start + offset)
                 _read_into(file, tensor.view(-1).view(torch.uint8).numpy().data, self.file)
         return tensor
 

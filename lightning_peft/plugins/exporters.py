@@ -17,7 +17,7 @@ from lightning_peft.errors import ConfigError, ExportError, MergeError
 from lightning_peft.field_checks import bytes_in, check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
-from lightning_peft.merging import adapters_merged
+from lightning_peft.merging import adapters_merged, refuse_shards
 from lightning_peft.quantized_layers import packed_layers
 from lightning_peft.quantized_merging import pack_layers, unpack_layers
 from lightning_peft.side_files import copy_tokenizer
@@ -61,6 +61,7 @@ class MergedTransformers(Exporter):
 
     @override
     def export(self, model: nn.Module, path: Path) -> None:
+        refuse_shards(model, f"{type(self).__name__} cannot write {str(path)!r}")
         if not callable(getattr(model, "save_pretrained", None)):
             raise MergeError(
                 f"{type(model).__name__} is not a transformers model; merge with merge_adapters(model) and save its state_dict yourself"

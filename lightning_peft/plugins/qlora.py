@@ -57,7 +57,6 @@ class QLoRA(LoRA):
     name: ClassVar[str] = "qlora"
     mergeable: ClassVar[bool] = False
     merges_quantized: ClassVar[bool] = True
-    fsdp_ready: ClassVar[bool] = False
     merge_refusal: ClassVar[str] = (
         "and its base is quantised: packed weights cannot take an update. Save the adapter and load its folder over the base in "
         "16 or 32 bit, where it is a LoRA adapter that merges, or merge with quantized='dequantize' or quantized='requantize'"
@@ -83,6 +82,7 @@ class QLoRA(LoRA):
         self._spec()
         # A batch of several adapters adds in another order than one of a single adapter.
         object.__setattr__(self, "row_routable", type(self).row_routable and not self.quantizer.rounds_inputs)
+        object.__setattr__(self, "fsdp_ready", type(self).fsdp_ready and self.quantizer.fsdp_ready)
 
     @property
     def quantizer(self) -> Quantizer:

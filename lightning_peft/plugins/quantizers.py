@@ -29,6 +29,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class _FourBit(Quantizer):
     """What NF4 and FP4 share: bitsandbytes' ``Linear4bit``, with the name of the quantizer as its ``quant_type``."""
 
+    fsdp_ready: ClassVar[bool] = True
+
     block_size: int = 64
     """Weights that share one scale."""
     double_quantization: bool = True

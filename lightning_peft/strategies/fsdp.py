@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
@@ -24,8 +25,9 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.loading import read_weights, refuse_unmade
 from lightning_peft.strategies.precision import keeping_adapters
-from lightning_peft.strategies.sharding import checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -48,6 +50,9 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         prefetch: how many units ahead are gathered while one runs; 0 leaves it to FSDP2, which asks for the next one as the host gets there.
         cpu_offload: keep weights and optimizer in the memory of the host. Needs an accelerator.
         activation_checkpointing: keep the inputs of units only, and run their forward again in backward.
+        read_weights: leave the values of a base that a loader reads from local safetensors files unread until it is sharded, and then have
+            each process read its own part: no process holds the whole base. Not where a method quantises the base or needs a forward of it
+            before; then, and if False, each process loads it whole and keeps its part.
         save_distributed_checkpoint: let each process write its part into a folder, in place of one file.
         start_method: how processes start: ``popen`` runs the script once for each, ``fork`` and ``spawn`` serve notebooks and tests.
         process_group_backend: as for ``torch.distributed``.
@@ -70,6 +75,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         prefetch: int = 0,
         cpu_offload: bool = False,
         activation_checkpointing: bool = False,
+        read_weights: bool = True,
         save_distributed_checkpoint: bool = False,
         start_method: Literal["popen", "fork", "spawn", "forkserver"] = "popen",
         process_group_backend: str | None = None,
@@ -93,6 +99,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         self.prefetch = prefetch
         self.gather_dtype, self.reduce_dtype = gather_dtype, reduce_dtype
         self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
+        self.reads_weights = read_weights
         self.sharded_units: list[str] = []
 
     # -- processes -------------------------------------------------------------------------------------------------
@@ -131,13 +138,22 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
         check_agreement(self, module)
-        refuse_unshardable(module)
+        refuse_unmade(module)
         self.precision_plugin = keeping_adapters(self.precision_plugin)
+        refuse_unshardable(module, self._casts())
         self.precision_plugin.convert_module(module)
+        bring_scales(module, self.root_device)
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
+        read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         super().setup(trainer)
+
+    def _casts(self) -> list[torch.dtype]:
+        """Return the dtypes that parameters of the run are cast to."""
+        plugin = self.precision_plugin
+        gather = [] if self.gather_dtype is None else [_DTYPES[self.gather_dtype]]
+        return [*gather, *([plugin._desired_input_dtype] if isinstance(plugin, HalfPrecision) else [])]
 
     def fully_shard_arguments(self) -> dict[str, Any]:
         """Return what every unit is sharded with, from the settings and the precision of the Trainer."""

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_peft.adapter_layer import AdapterLayer, base_modules
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.injection import adapted_roots
+from lightning_peft.quantized_layers import packed_layers, packing_quantizer
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import matches
 
@@ -108,20 +109,45 @@ def _holds(module: nn.Module, roots: set[int]) -> bool:
     return any(id(inner) in roots for inner in module.modules())
 
 
-def refuse_unshardable(module: nn.Module) -> None:
+def refuse_unshardable(module: nn.Module, casts: Iterable[torch.dtype] = ()) -> None:
     """Refuse what FSDP2 shards wrongly or not at all, by name.
 
+    Args:
+        module: what is about to be sharded.
+        casts: the dtypes that parameters are cast to: those of ``gather_dtype`` and of the precision.
+
     Raises:
-        ConfigError: a parameter has no dimension; or a quantised weight is stored as another dtype than uint8 or that of the run.
+        ConfigError: a parameter has no dimension; a layer is quantised in a way that cannot be sharded; or packed weights are stored in
+            a floating-point dtype that a cast rounds.
     """
     for name, parameter in module.named_parameters():
         if parameter.dim() == 0:
             raise ConfigError(f"{name!r} is a scalar, which FSDP2 does not shard; give it the shape (1,)")
-        if getattr(parameter, "quant_state", None) is not None and parameter.dtype not in (torch.uint8, torch.bfloat16):
-            raise ConfigError(
-                f"{name!r} is quantised and stored as {parameter.dtype}; under FSDP2 and mixed precision such storage is rounded and the weights "
-                "are silently wrong. Load it with quant_storage uint8"
-            )
+        packed = getattr(parameter, "quant_state", None) is not None
+        if packed and parameter.is_floating_point():
+            others = {dtype for dtype in casts if dtype != parameter.dtype}
+            if parameter.dtype != torch.bfloat16 or others:
+                raise ConfigError(
+                    f"{name!r} holds packed weights stored as {parameter.dtype}; a cast, as under mixed precision with FSDP2, rounds them as if they "
+                    f"were numbers and the weights are silently wrong{f' (here to {min(map(str, others))})' if others else ''}. Load the base with "
+                    "bnb_4bit_quant_storage=torch.uint8, its default, or unquantised, and let the method quantise it"
+                )
+    for root in adapted_roots(module):
+        for path, layer in packed_layers(root).items():
+            quantizer = packing_quantizer(layer)
+            if not quantizer.fsdp_ready:
+                raise ConfigError(
+                    f"{path!r} is quantised as {quantizer.name!r}, whose layers keep their weights outside of parameters, where FSDP2 does not shard "
+                    "them; use quantization='nf4', or the strategy 'peft_ddp'"
+                )
+
+
+def bring_scales(module: nn.Module, device: torch.device) -> None:
+    """Have the scales of quantised weights in ``module`` on ``device``: FSDP2 moves parameters only."""
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.to(device)
 
 
 def checkpoint_activations(module: nn.Module, policy: Iterable[str] | None) -> None:

@@ -84,6 +84,7 @@ def run(tmp_path):
         save=None,
         fields=None,
         lr=1e-2,
+        val=None,
         shuffle=False,
         **trainer_fields,
     ):
@@ -121,7 +122,7 @@ def run(tmp_path):
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside the threads of a test runner
             warnings.filterwarnings("ignore", message=".*os.fork.*")
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
-            trainer.fit(module, loader, ckpt_path=resume)
+            trainer.fit(module, loader, val, ckpt_path=resume)
         state = {key: value.clone() for key, value in module.state_dict().items()} if module.model is not None else {}
         return Run(json.loads(Path(losses).read_text()), state, module, trainer)
 
