@@ -23,6 +23,16 @@ def check_switches(settings: Any) -> None:
             raise ConfigError(f"{type(settings).__name__} {field.name} must be true or false, got {value!r}")
 
 
+def is_whole(value: Any, least: int) -> bool:
+    """Tell whether ``value`` is a whole number of at least ``least``; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether ``value`` is a number, finite or not; true, false and words such as ``'1e-3'`` are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

@@ -35,10 +35,13 @@ class Between:
     """Probability with which a hidden feature is dropped; not part of the call."""
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the hidden features, of the shape of each of ``parts``: what the gate, if any, and the up-projection give."""
+        """Return the hidden features, of the shape of each of ``parts``: what the gate, if any, and the up-projection give.
+
+        The parts are not written to. Without a gate the result may be a part itself, as that of ``nn.Identity`` is.
+        """
         if self._is_swiglu(parts) and not torch.is_grad_enabled():
             return F.silu(parts[0]).mul_(parts[1])
-        hidden = self.activation(parts[0])
+        hidden = self.activation(parts[0].clone() if _writes(self.activation) else parts[0])
         return hidden * parts[1] if self.gated else hidden
 
     def _is_swiglu(self, parts: Sequence[Tensor]) -> bool:
@@ -109,6 +112,11 @@ def autocast_of(device: str) -> dict[str, Any]:
     """Return how autocast is set on a kind of device, as arguments of ``torch.autocast``."""
     enabled = torch.is_autocast_enabled(device)
     return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
+
+
+def _writes(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Tell whether ``activation`` overwrites what it reads, as ``nn.ReLU(inplace=True)`` does."""
+    return isinstance(activation, nn.Module) and any(getattr(one, "inplace", False) for one in activation.modules())
 
 
 def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:

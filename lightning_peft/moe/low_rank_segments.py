@@ -109,6 +109,8 @@ class _Segments(torch.autograd.Function):
         for expert, rows, by_choice in plan.segments:
             tokens = plan.segments.tokens[rows]
             h = plan.between(_updated(plan, bases, ups, low, expert, rows, tokens, room))
+            if h.untyped_storage().data_ptr() == room[0].untyped_storage().data_ptr():
+                h = h.clone()  # of an activation that hands its input on; the next expert writes there
             thin[rows] = _read(plan, h, kept, rows).to(thin.dtype) @ down[expert].t()
             for choice, part in enumerate(by_choice):
                 own = slice(part.start - rows.start, part.stop - rows.start)

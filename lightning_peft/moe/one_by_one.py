@@ -31,7 +31,7 @@ def one_by_one(rows: Tensor, experts: Tensor, ends: list[int], weights: ExpertWe
     """
     activation = between.activation
     if isinstance(activation, nn.Module) and any(parameter.requires_grad for parameter in activation.parameters()):
-        return feed_forward(functools.partial(segment_linear, ends=ends), rows, experts, weights, between)
+        return feed_forward(functools.partial(segment_linear, ends=ends), rows, experts, weights, between.dropped)
     tensors = (weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias)
     output: Tensor = _OneByOne.apply(_Plan(ends, experts, between), rows, *tensors)  # type: ignore[no-untyped-call]
     return output

@@ -171,7 +171,10 @@ class GGUFFile(AdapterFormat):
                 ranks[by_name[base]] = int(up.shape[-1])
         if not ranks:
             raise AdapterMismatchError(f"{str(file)!r} holds no adapter tensor")
-        config = _hf_config(ranks, float(said["adapter.lora.alpha"] or 0.0))
+        alpha = said["adapter.lora.alpha"]
+        if not isinstance(alpha, (int, float, type(None))):
+            raise AdapterFileError(f"{str(file)!r}: adapter.lora.alpha must be a number, found {alpha!r}")
+        config = _hf_config(ranks, float(alpha or 0.0))
         method = get_registry().method_for_peft_type("LORA", config).from_hf_config(config)
         return ForeignAdapter(file=file, method=method, tensors=tensors)
 

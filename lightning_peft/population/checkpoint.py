@@ -72,6 +72,10 @@ class PopulationCheckpoint(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the ranking, and print it."""
         module = _population(pl_module)
+        self.on_train_end(
+            trainer, pl_module
+        )  # a fit that has no step to do, as one that resumes at its end, never comes to it
+        module.standings.finish()
         self._write_results(module)
         if self.table:
             print_ranking(module.ranking(), module.monitor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_peft.composition import Adaptation, named
 from lightning_peft.errors import ConfigError
+from lightning_peft.field_checks import is_number, is_whole
 from lightning_peft.interfaces import Method
 from lightning_peft.targets import Targets
 
@@ -50,16 +52,21 @@ class Member(Adaptation):
     def __post_init__(self) -> None:
         super().__post_init__()
         who = f"member {self.name or self.method.name!r}"
-        if self.lr is not None and not self.lr > 0:
-            raise ConfigError(f"{who}: lr must be positive, got {self.lr!r}")
+        if self.lr is not None and not (is_number(self.lr) and 0 < self.lr < math.inf):
+            raise ConfigError(f"{who}: lr must be a positive number, got {self.lr!r}")
         if self.lr_interval not in (None, "step", "epoch"):
             raise ConfigError(f"{who}: lr_interval must be 'step' or 'epoch', got {self.lr_interval!r}")
-        if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"{who}: patience must be at least 1, or None for never, got {self.patience!r}")
-        if not self.min_delta >= 0:
-            raise ConfigError(f"{who}: min_delta must not be negative, got {self.min_delta!r}")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            raise ConfigError(f"{who}: gradient_clip_val must be positive, got {self.gradient_clip_val!r}")
+        if self.seed is not None and not (is_whole(self.seed, 0) and self.seed < 2**32):
+            raise ConfigError(f"{who}: seed must be a whole number from 0 to 2**32 - 1, got {self.seed!r}")
+        if self.patience is not None and not is_whole(self.patience, 1):
+            raise ConfigError(
+                f"{who}: patience must be a whole number of at least 1, or None for never, got {self.patience!r}"
+            )
+        if not (is_number(self.min_delta) and 0 <= self.min_delta < math.inf):
+            raise ConfigError(f"{who}: min_delta must be a number of at least 0, got {self.min_delta!r}")
+        clip = self.gradient_clip_val
+        if clip is not None and not (is_number(clip) and clip > 0):
+            raise ConfigError(f"{who}: gradient_clip_val must be a positive number, got {clip!r}")
 
 
 @dataclass(frozen=True)

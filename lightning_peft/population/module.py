@@ -23,7 +23,7 @@ from lightning_peft.composition import Adaptation, inject_all
 from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
-from lightning_peft.module import Loss, PEFTModule
+from lightning_peft.module import IGNORED, Loss, PEFTModule
 from lightning_peft.population.checkpoint import PopulationCheckpoint
 from lightning_peft.population.member_batches import OwnLosses, losses_of, names_of_rows, parts_of, repeated
 from lightning_peft.population.members import Member, MemberGrid, checked_members
@@ -202,7 +202,8 @@ class PopulationModule(PEFTModule):
         self.__dict__.pop("_row_names", None)
         finite = torch.stack(list(losses.values())).isfinite().tolist()
         for (name, loss), outputs, usable in zip(losses.items(), parts, finite, strict=True):
-            if usable:
+            tokens = None if usable or self.loss is not None else self._tokens(outputs, batch)
+            if usable or (tokens is not None and bool((tokens[1] == IGNORED).all())):  # no label: the mean of nothing
                 self._record(f"{stage}-{dataloader_idx}-{name}", outputs, loss.detach(), batch)
             else:
                 self._not_finite.add(name)
@@ -214,6 +215,7 @@ class PopulationModule(PEFTModule):
         kept = [key for key in self.metrics if key.startswith(f"{stage}-")]
         several = len({key.split("-")[1] for key in kept}) > 1
         self._measured = {}
+        lost, self._not_finite = self._not_finite, set()
         for key in kept:
             _, number, name = key.split("-", 2)
             label = labels[int(number)] if int(number) < len(labels) else number
@@ -221,14 +223,14 @@ class PopulationModule(PEFTModule):
             for metric, value in self.metrics[key].compute().items():  # type: ignore[operator]
                 own |= {f"{stage}_{metric}": float(value)} if number == "0" else {}
                 own |= {f"{stage}_{metric}/{label}": float(value)}
-            for metric, value in own.items() if name not in self._not_finite else ():
+            for metric, value in own.items() if name not in lost else ():
                 if several or "/" not in metric:
                     self.log(f"{metric}/{name}", value, sync_dist=True)
             del self.metrics[key]  # a member that stops is not measured again
-        for name in self._not_finite:
-            self._measured[name] = {f"{stage}_loss": float("nan")}
+        for name in lost:
+            self._measured[name] = {f"{stage}_loss": float("nan"), self.monitor: float("nan")}
             self.log(f"{stage}_loss/{name}", float("nan"), sync_dist=True)
-        losses = [own[f"{stage}_loss"] for name, own in self._measured.items() if name not in self._not_finite]
+        losses = [own[f"{stage}_loss"] for name, own in self._measured.items() if name not in lost]
         if losses:
             self.log(f"{stage}_loss", min(losses), prog_bar=True, sync_dist=True)
 
@@ -243,14 +245,11 @@ class PopulationModule(PEFTModule):
         values = {}
         for name in self.living:
             own = self._measured.get(name, {})
-            if name in self._not_finite:
-                own = {self.monitor: float("nan")}
             if self.monitor not in own:
                 raise ConfigError(f"monitor={self.monitor!r} was asked for, but validation measures {sorted(own)}")
             values[name] = own[self.monitor]
         whole = bool(self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
         self.standings.judge(values, self.trainer.global_step, self.trainer.current_epoch + whole)
-        self._not_finite.clear()
         self._let_stopped_rest()
 
     def _let_stopped_rest(self) -> None:
@@ -298,6 +297,12 @@ class PopulationModule(PEFTModule):
     def on_train_end(self) -> None:
         """Say of the members that are left that they were trained to the end."""
         super().on_train_end()
+        self.standings.finish()
+
+    @override
+    def on_fit_end(self) -> None:
+        """Say it of a fit that had no step to do as well."""
+        super().on_fit_end()
         self.standings.finish()
 
     # -- optimisation ----------------------------------------------------------------------------------------------
@@ -356,10 +361,10 @@ class PopulationModule(PEFTModule):
     def setup(self, stage: str) -> None:
         """Begin anew with all members, if a fit begins."""
         super().setup(stage)
-        if stage != "fit":
-            return
-        self.standings = Standings(list(self.members.values()), self.mode, self.halving)
-        refuse_shared(self.trainer)
+        self._not_finite.clear()
+        if stage == "fit":
+            self.standings = Standings(list(self.members.values()), self.mode, self.halving)
+            refuse_shared(self.trainer)
 
     @override
     def on_fit_start(self) -> None:

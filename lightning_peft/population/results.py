@@ -97,7 +97,12 @@ def print_ranking(results: list[MemberResult], monitor: str) -> None:
         words = column in ("member", "status")
         table.add_column(column, justify="left" if words else "right", no_wrap=words)
     for place, one in enumerate(results, start=1):
-        numbers = [_shown(one.best), str(one.best_step or ""), _shown(one.last), str(one.steps)]
+        numbers = [
+            _shown(one.best),
+            "" if one.best_step is None else str(one.best_step),
+            _shown(one.last),
+            str(one.steps),
+        ]
         table.add_row(str(place), one.name, *numbers, one.status, f"{one.parameters:,}", f"{one.share:.0%}")
     console = Console()
     if not console.is_terminal:  # a log, where no line is too long

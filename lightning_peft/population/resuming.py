@@ -35,16 +35,17 @@ def take_standings(checkpoint: Mapping[str, Any], standings: Standings, trainer:
     standings.load(state)
     if state[_DUE] and trainer is not None and trainer.state.fn == "fit":
         warnings.warn(
-            "the checkpoint was saved after the last batch of an epoch and before the validation that follows, which is not made up for: best "
-            "values, patience and halving go on without it, and this run does not resume exactly. Save after validation, or within an epoch",
+            "the checkpoint was saved after a batch and before the validation that follows it, which is not made up for: best values, patience and "
+            "halving go on without it, and this run does not resume exactly. Save after validation, or at steps that none follows",
             LightningPEFTWarning,
             stacklevel=3,
         )
 
 
 def _validation_due(trainer: Trainer) -> bool:
-    if trainer.state.fn != "fit":
+    if trainer.state.fn != "fit" or not trainer.enable_validation:
         return False
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    in_batch_end = batches.is_last_batch and batches.current.completed < batches.current.ready
-    return bool(in_batch_end and trainer.enable_validation)
+    loop = trainer.fit_loop.epoch_loop
+    progress, fetcher = loop.batch_progress.current, trainer.fit_loop._data_fetcher
+    in_batch_end = progress.completed < progress.ready
+    return bool(in_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher))

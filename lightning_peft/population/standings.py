@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_peft.errors import CheckpointMismatchError, ConfigError
+from lightning_peft.field_checks import is_whole
 from lightning_peft.population.members import Member
 
 LIVING = "training"
@@ -45,13 +46,16 @@ class Halving:
     """So many go on at least."""
 
     def __post_init__(self) -> None:
-        if not self.at or sorted(set(self.at)) != list(self.at) or self.at[0] < 1:
-            raise ConfigError(f"Halving at must be ascending numbers of steps or epochs from 1 on, got {self.at!r}")
+        whole = isinstance(self.at, (list, tuple)) and all(is_whole(one, 1) for one in self.at)
+        if not whole or not self.at or sorted(set(self.at)) != list(self.at):
+            raise ConfigError(
+                f"Halving at must be a list of ascending whole numbers of steps or epochs from 1 on, got {self.at!r}"
+            )
         if self.unit not in ("step", "epoch"):
             raise ConfigError(f"Halving unit must be 'step' or 'epoch', got {self.unit!r}")
-        if self.eta < 2 or self.keep < 1:
+        if not is_whole(self.eta, 2) or not is_whole(self.keep, 1):
             raise ConfigError(
-                f"Halving needs eta of at least 2 and keep of at least 1, got eta={self.eta}, keep={self.keep}"
+                f"Halving needs whole numbers, eta of at least 2 and keep of at least 1, got eta={self.eta!r}, keep={self.keep!r}"
             )
 
     def survivors(self, members: int) -> int:

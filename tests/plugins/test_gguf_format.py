@@ -346,6 +346,7 @@ V = "blk.0.attn_v.weight"
         (lambda f: foreign(f, pair("blk.7.attn_v.weight")), AdapterMismatchError, "which is no part of an update of 'llama'"),
         (lambda f: foreign(f, {"blk.0.attn_norm.weight": pair(V)[f"{V}.lora_a"]}), AdapterMismatchError, "is no part of an update"),
         (lambda f: foreign(f, {f"{V}.lora_a": pair(V)[f"{V}.lora_a"]}), AdapterMismatchError, "without the other half"),
+        (lambda f: foreign(f, pair(V), alpha=None, **{"adapter.lora.alpha": "much"}), AdapterFileError, "alpha must be a number, found 'much'"),
         (lambda f: foreign(f, {}), AdapterMismatchError, "holds no adapter tensor"),
         (lambda f: foreign(f, pair("blk.0.attn_q.weight", out=63)), AdapterMismatchError, "needs two matrices for 4 heads"),
         (lambda f: foreign(f, pair(V, out=31)), AdapterMismatchError, "shape"),

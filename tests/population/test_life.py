@@ -24,6 +24,7 @@ from lightning_peft import (
     set_active_adapters,
 )
 from lightning_peft.errors import CheckpointMismatchError, ConfigError
+from lightning_peft.population.resuming import STATE
 from lightning_peft.population.standings import Standings
 from lightning_peft.testing.subject import distance
 from lightning_peft.testing.toys import tiny_llama, token_batch
@@ -146,17 +147,30 @@ def test_a_run_that_resumes_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_between_the_last_batch_and_its_validation_is_told(make_trainer, make_loaders, tmp_path):
-    every = ModelCheckpoint(dirpath=tmp_path / "e", every_n_train_steps=8, save_top_k=-1)
-    make_trainer(tmp_path, max_epochs=2, callbacks=[every, PopulationCheckpoint(table=False)]).fit(
-        module(), *make_loaders()
-    )
-    again = make_trainer(
-        tmp_path, max_epochs=2, callbacks=[ModelCheckpoint(dirpath=tmp_path / "f", every_n_train_steps=8)]
-    )
-    one = module()
+@pytest.mark.parametrize(
+    ("options", "due"),
+    [
+        ({}, {8, 16}),
+        ({"val_check_interval": 4}, {4, 8, 12, 16}),
+        ({"val_check_interval": 4, "accumulate_grad_batches": 2}, {2, 4, 6, 8}),
+        ({"val_check_interval": 6, "check_val_every_n_epoch": None}, {6, 12}),
+        ({"check_val_every_n_epoch": 2}, {16}),
+    ],
+    ids=["epoch", "interval", "accumulation", "across epochs", "every second epoch"],
+)
+def test_a_checkpoint_between_a_batch_and_its_validation_is_told(options, due, make_trainer, make_loaders, tmp_path):
+    every = ModelCheckpoint(dirpath=tmp_path / "e", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    callbacks = [every, PopulationCheckpoint(table=False)]
+    chosen = [replace(one, lr_scheduler=None) for one in members(None)]
+    first = make_trainer(tmp_path, max_epochs=2, callbacks=callbacks, **options)
+    first.fit(module(chosen), *make_loaders())
+    files = {step: tmp_path / "e" / f"step={step}.ckpt" for step in range(1, first.global_step + 1)}
+    stored = {step: torch.load(file, weights_only=False)[STATE] for step, file in files.items()}
+    assert {step for step, state in stored.items() if state["validation_due"]} == due
+    every = ModelCheckpoint(dirpath=tmp_path / "f", every_n_train_steps=1)
+    again = make_trainer(tmp_path, max_steps=min(due), callbacks=[every], **options)
     with pytest.warns(LightningPEFTWarning, match="before the validation that follows"):
-        again.fit(one, *make_loaders(), ckpt_path=tmp_path / "e" / "epoch=0-step=8.ckpt")
+        again.fit(module(chosen), *make_loaders(), ckpt_path=files[min(due)])
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
@@ -305,6 +319,28 @@ def test_nobody_is_trained_after_all_have_stopped_while_the_trainer_goes_on(
     assert all(torch.equal(value, adapter_tensors(short)[key]) for key, value in adapter_tensors(one).items())
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("resumed", [True, False])
+def test_a_fit_without_a_step_to_do_ends_as_any(resumed, make_trainer, make_loaders, adapter_tensors, tmp_path):
+    saving, ckpt = AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True), None
+    chosen = [Member(LoRA(rank=2), None, name, lr=1e-2, seed=1) for name in "ab"]
+    if resumed:
+        make_trainer(tmp_path, max_epochs=1, callbacks=[saving]).fit(module(chosen), *make_loaders())
+        ckpt = tmp_path / "c" / "last.ckpt"
+    one, callbacks = module(chosen), [AdapterCheckpoint(dirpath=tmp_path / "d"), PopulationCheckpoint(tmp_path / "m")]
+    make_trainer(tmp_path, max_epochs=int(resumed), callbacks=callbacks).fit(one, *make_loaders(), ckpt_path=ckpt)
+    assert [(result.status, result.steps) for result in one.ranking()] == [("finished", 8 * resumed)] * 2
+    stored = json.loads((tmp_path / "m" / "results.json").read_text())["members"]
+    assert [result["status"] for result in stored] == ["finished"] * 2
+    again = tiny_llama()
+    load_adapter(again, tmp_path / "m" / "a" / "last", name="a")
+    wanted = adapter_tensors(one, "a")
+    for path, value in again.state_dict().items():
+        if ".adapters.a." in path:
+            key = f"model.{path}".replace(".base_layer", "").replace(".adapters.a.", ".adapters.X.")
+            assert torch.equal(value, wanted[key]), path
+
+
 def test_halving_by_epochs_keeps_so_many():
     four = [Member(LoRA(), name=name) for name in "abcd"]
     standings = Standings(four, "max", Halving(at=[1, 2], unit="epoch", eta=4, keep=2))
@@ -328,6 +364,11 @@ def test_halving_by_epochs_keeps_so_many():
         {"at": []},
         {"at": [3, 2]},
         {"at": [0]},
+        {"at": 5},
+        {"at": [1.5]},
+        {"at": ["3"]},
+        {"at": [1], "eta": 2.5},
+        {"at": [1], "keep": "2"},
         {"at": [1], "eta": 1},
         {"at": [1], "keep": 0},
         {"at": [1], "unit": "day"},

@@ -65,7 +65,21 @@ def test_members_over_one_quantised_base_may_differ_in_rank():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lr", 0.0), ("lr_interval", "batch"), ("patience", 0), ("min_delta", -1.0), ("gradient_clip_val", 0.0)],
+    [
+        ("lr", 0.0),
+        ("lr", "1e-3"),
+        ("lr", float("inf")),
+        ("lr_interval", "batch"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("seed", "one"),
+        ("patience", 0),
+        ("patience", 1.5),
+        ("min_delta", -1.0),
+        ("min_delta", "0"),
+        ("gradient_clip_val", 0.0),
+        ("gradient_clip_val", "norm"),
+    ],
 )
 def test_a_member_checks_its_fields(field, value):
     with pytest.raises(ConfigError, match=f"{field} must .*{value}"):
