@@ -18,12 +18,12 @@ from typing_extensions import override
 
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_layer import adapters_named
-from lightning_peft.batch_parts import field_of, rows_of, target_of
+from lightning_peft.batch_parts import IGNORED, field_of, rows_of, target_of, tokens_of
 from lightning_peft.composition import Adaptation, inject_all
 from lightning_peft.errors import ConfigError
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader
-from lightning_peft.module import IGNORED, Loss, PEFTModule
+from lightning_peft.module import Loss, PEFTModule
 from lightning_peft.population.checkpoint import PopulationCheckpoint
 from lightning_peft.population.member_batches import OwnLosses, losses_of, names_of_rows, parts_of, repeated
 from lightning_peft.population.members import Member, MemberGrid, checked_members
@@ -202,7 +202,7 @@ class PopulationModule(PEFTModule):
         self.__dict__.pop("_row_names", None)
         finite = torch.stack(list(losses.values())).isfinite().tolist()
         for (name, loss), outputs, usable in zip(losses.items(), parts, finite, strict=True):
-            tokens = None if usable or self.loss is not None else self._tokens(outputs, batch)
+            tokens = None if usable or self.loss is not None else tokens_of(self.model, outputs, batch)
             if usable or (tokens is not None and bool((tokens[1] == IGNORED).all())):  # no label: the mean of nothing
                 self._record(f"{stage}-{dataloader_idx}-{name}", outputs, loss.detach(), batch)
             else:

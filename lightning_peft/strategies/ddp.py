@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor
 from typing_extensions import override
 
@@ -16,6 +17,7 @@ from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.agreement import check_agreement
 from lightning_peft.strategies.ending import end_others
+from lightning_peft.strategies.launching import ForkedLauncher
 
 
 class PEFTDDPStrategy(DDPStrategy):
@@ -41,6 +43,12 @@ class PEFTDDPStrategy(DDPStrategy):
                 "'ddp_find_unused_parameters_true'"
             )
         super().__init__(**kwargs)
+
+    @override
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self._launcher, _MultiProcessingLauncher):
+            self._launcher = ForkedLauncher(self, start_method=self._launcher._start_method)
 
     @override
     def setup_environment(self) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.strategies.model_parallel import _FSDPNoSync
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -29,6 +28,7 @@ from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.ending import end_others
+from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
 from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
 
@@ -113,7 +113,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self._start_method == "popen":
             super()._configure_launcher()
         elif not self.cluster_environment.creates_processes_externally:
-            self._launcher = _Forked(self, start_method=self._start_method)
+            self._launcher = ForkedLauncher(self, start_method=self._start_method)
 
     @override
     def setup_environment(self) -> None:
@@ -252,28 +252,3 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(sharded_optimizer_state(state, optimizer))
-
-
-class _Forked(_MultiProcessingLauncher):
-    """Starts processes from the one that runs; what the module's ``state_dict`` holds comes back whole."""
-
-    @override
-    def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
-        module: LightningModule = trainer.lightning_module
-        with _whole_state(module):
-            return super()._collect_rank_zero_results(trainer, results)
-
-
-@contextlib.contextmanager
-def _whole_state(module: LightningModule) -> Iterator[None]:
-    whole = gathered(dict(module.state_dict()), keep=True)
-    module.__dict__["state_dict"] = lambda *args, **kwargs: whole
-    try:
-        yield
-    finally:
-        del module.__dict__["state_dict"]
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Tell whether something in ``module`` is sharded by FSDP2."""
-    return any(isinstance(inner, FSDPModule) for inner in module.modules())

@@ -57,7 +57,7 @@ def float_storage(module):
     [
         (loose, r"Own holds the trained parameters \['scale'\] itself.*put them into a module with a forward"),
         (scalar, r"'temperature\.value' is a scalar, which FSDP2 does not shard; give it the shape \(1,\)"),
-        (float_storage, r"'model\.model\.norm\.packed' is quantised and stored as torch\.float16"),
+        (float_storage, r"'model\.model\.norm\.packed' holds packed weights stored as torch\.float16"),
     ],
 )
 def test_what_is_not_sharded_is_named(run, spoil, message):

@@ -59,7 +59,8 @@ def test_any_strategy_goes_on_from_any_other(run, saved, whole, before, after):
     losses = alone.losses[STEPS // 2 :]
     if after == before or {before, after} <= {"fsdp", "fsdp folder", "ddp"}:
         assert resumed.losses == losses
-        assert resumed.state and resumed.state.keys() == alone.state.keys()
+        assert resumed.state
+        assert resumed.state.keys() == alone.state.keys()
         for key, value in alone.state.items():
             assert torch.equal(resumed.state[key], value), key
     else:
