@@ -66,6 +66,7 @@ from lightning_peft.saved_modules import (
     own_adapters,
 )
 from lightning_peft.scaling import adapter_scale
+from lightning_peft.sharded_parameters import is_sharded
 from lightning_peft.surgery import inject_at
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -199,6 +200,11 @@ def _own_config(model: nn.Module, injection: Injection, fingerprint: str, hashes
 
 def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in tensors.items():
+        if is_sharded(tensor):
+            raise AdapterFileError(
+                f"{key!r} of adapter {name!r} is sharded, and this process holds a part of it; save with AdapterCheckpoint, which gathers "
+                "adapters, or in all processes inside whole_adapters() of lightning_peft.sharded_tensors"
+            )
         if tensor.is_meta:
             raise AdapterFileError(
                 f"{key!r} of adapter {name!r} is on the meta device and has no values to save; materialise it first"

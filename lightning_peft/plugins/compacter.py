@@ -56,6 +56,7 @@ class Compacter(BottleneckMethod):
     """
 
     name: ClassVar[str] = "compacter"
+    fsdp_ready: ClassVar[bool] = False
 
     phm_dim: int = 4
     """How many Kronecker products make a layer, n in the paper; divides both widths."""
@@ -84,6 +85,8 @@ class Compacter(BottleneckMethod):
             raise ConfigError(
                 f"Compacter rank={self.rank!r} is that of factorized layers, and factorized is false; leave rank out"
             )
+        # One layer holds the rule of all, in a unit of FSDP2 that is not gathered while the others run.
+        object.__setattr__(self, "fsdp_ready", not self.share_rule)
 
     @classmethod
     def plus_plus(cls, **fields: Any) -> Compacter:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules
 from lightning_peft.errors import ConfigError, TargetError
-from lightning_peft.injection import adapted_roots
+from lightning_peft.injection import adapted_roots, records
 from lightning_peft.quantized_layers import packed_layers, packing_quantizer
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import matches
@@ -117,7 +117,7 @@ def refuse_unshardable(module: nn.Module, casts: Iterable[torch.dtype] = ()) -> 
         casts: the dtypes that parameters are cast to: those of ``gather_dtype`` and of the precision.
 
     Raises:
-        ConfigError: a parameter has no dimension; a layer is quantised in a way that cannot be sharded; or packed weights are stored in
+        ConfigError: a parameter has no dimension; a layer is quantised in a way that cannot be sharded; a method is not ``fsdp_ready``; or packed weights are stored in
             a floating-point dtype that a cast rounds.
     """
     for name, parameter in module.named_parameters():
@@ -139,6 +139,12 @@ def refuse_unshardable(module: nn.Module, casts: Iterable[torch.dtype] = ()) -> 
                 raise ConfigError(
                     f"{path!r} is quantised as {quantizer.name!r}, whose layers keep their weights outside of parameters, where FSDP2 does not shard "
                     "them; use quantization='nf4', or the strategy 'peft_ddp'"
+                )
+        for name, injection in records(root).items():
+            if not injection.method.fsdp_ready:
+                raise ConfigError(
+                    f"adapter {name!r} is {injection.method!r}, which does not train sharded (fsdp_ready = False); use the strategy 'peft_ddp', or "
+                    "other settings of the method, if its page says so"
                 )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
@@ -10,7 +10,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
-from lightning_peft import LoRA, PEFTDDPStrategy, PEFTFSDPStrategy, PEFTMixin, PEFTModule, inject
+from lightning_peft import (
+    Compacter,
+    LoRA,
+    PEFTDDPStrategy,
+    PEFTFSDPStrategy,
+    PEFTMixin,
+    PEFTModule,
+    inject,
+    save_adapter,
+)
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.strategies.sharding import blocks_of
 from lightning_peft.testing import tiny_gpt2, tiny_llama
@@ -142,3 +151,26 @@ class Sharding(Own):
 def test_a_module_that_shards_itself_is_left_as_it_is(run):
     own, plain = run("fsdp", module=Sharding(), steps=2), run("fsdp", module=Own(), steps=2)
     assert own.losses == plain.losses
+
+
+def test_a_method_that_does_not_train_sharded_is_refused_by_name(run):
+    with pytest.raises(
+        ProcessRaisedException, match=r"(?s)ConfigError: adapter 'default' is Compacter\(.*fsdp_ready = False"
+    ):
+        run("fsdp", method=Compacter(), devices=1, steps=1)
+    apart, alone = (run(kind, method=Compacter(share_rule=False), lr=1e-3) for kind in ("fsdp", "single"))
+    assert apart.losses == pytest.approx(alone.losses, rel=1e-6)
+
+
+class SavesAlone(Callback):
+    """Saves an adapter by hand, where it is sharded."""
+
+    def on_train_end(self, trainer, module):
+        save_adapter(module.model, "nowhere")
+
+
+def test_a_sharded_adapter_is_not_saved_by_one_process(run):
+    with pytest.raises(
+        ProcessRaisedException, match=r"(?s)AdapterFileError: .* is sharded.*save with AdapterCheckpoint"
+    ):
+        run("fsdp", steps=1, callbacks=[SavesAlone()])
