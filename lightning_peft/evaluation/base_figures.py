@@ -55,12 +55,15 @@ def digest_of_base(model: nn.Module) -> str:
 
 
 def key_of(name: str, settings: Mapping[str, Any]) -> str:
-    """Return a short hash of a task: its name, its settings, and the contents of the files among them."""
-    digest = hashlib.sha256(json.dumps([name, settings], sort_keys=True).encode())
-    for value in settings.values():
-        if isinstance(value, str) and Path(value).is_file():
-            digest.update(hashlib.sha256(Path(value).read_bytes()).digest())
-    return digest.hexdigest()[:16]
+    """Return a short hash of a task: its name and its settings, where a file counts by what it holds, wherever it is."""
+    told = {}
+    for key, value in settings.items():
+        place = Path(value) if isinstance(value, str) else None
+        if place is not None and place.is_file():
+            told[key] = hashlib.sha256(place.read_bytes()).hexdigest()
+        else:
+            told[key] = str(place.resolve()) if place is not None and value and place.is_dir() else value
+    return hashlib.sha256(json.dumps([name, told], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def key_of_task(task: EvalTask) -> str:

@@ -216,6 +216,10 @@ def test_figures_are_kept_by_base_and_by_what_the_files_hold(llama, llama_dir, t
     assert BaseFigures(tmp_path, "one").get(task) == {"loss": 1.0}
     assert BaseFigures(tmp_path, "two").get(task) is None
     assert BaseFigures(tmp_path, "one").get(Perplexity(path=str(file), tokenizer=llama_dir, block_size=8)) is None
+    twin = tmp_path / "twin.txt"
+    twin.write_text(TEXT)
+    same = Perplexity(path=str(twin), tokenizer=llama_dir, block_size=16)
+    assert BaseFigures(tmp_path, "one").get(same) == {"loss": 1.0}
     file.write_text(TEXT + "more")
     assert BaseFigures(tmp_path, "one").get(task) is None
     (tmp_path / "one.json").write_text("[]")
