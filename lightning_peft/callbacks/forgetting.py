@@ -111,6 +111,12 @@ class ForgettingEvaluation(Callback):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a new curve, unless the Trainer goes on; that of a checkpoint is loaded after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self.points, self.scaled, self._measure.base = [], [], {}
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse models and budgets that do not go together."""
         model = measured_model(pl_module)
@@ -140,22 +146,27 @@ class ForgettingEvaluation(Callback):
                 write=trainer.is_global_zero,
                 share=strategy.broadcast,
             )
-        self._measure_at(trainer, pl_module)
+        if self._measure_at(trainer, pl_module):
+            self._write(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure after an optimizer step, where it is time."""
-        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
-            self._measure_at(trainer, pl_module)
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if due and self._measure_at(trainer, pl_module):
+            self._write(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the end, and choose the scale of a budget that picks one."""
-        self._measure_at(trainer, pl_module)
-        if self.budget is not None and self.budget.action == "pick":
+        measured = self._measure_at(trainer, pl_module)
+        picks = self.budget is not None and self.budget.action == "pick"
+        if self.budget is not None and picks:
             self._pick(trainer, pl_module, self.budget)
+        if measured or picks:
+            self._write(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -185,10 +196,10 @@ class ForgettingEvaluation(Callback):
 
     # -- what it does ----------------------------------------------------------------------------------------------
 
-    def _measure_at(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure once a step, log, write, and keep to the budget."""
+    def _measure_at(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Measure, log, and keep to the budget; once a step. Tell whether it was done."""
         if self.points and self.points[-1]["step"] == trainer.global_step:
-            return
+            return False
         model = measured_model(pl_module)
         scales = _scales(model)
         with trainer.precision_plugin.forward_context():
@@ -198,7 +209,7 @@ class ForgettingEvaluation(Callback):
         self._log(trainer, point)
         if self.budget is not None and self.budget.action != "pick":
             self._keep_to(trainer, model, self.budget, point)
-        self._write(trainer)
+        return True
 
     def _keep_to(self, trainer: Trainer, model: nn.Module, budget: ForgettingBudget, point: Mapping[str, Any]) -> None:
         found = _forgetting(point, budget)
@@ -239,7 +250,6 @@ class ForgettingEvaluation(Callback):
                 f"of {len(points)} scales {best.scale:.4g} learned most ({best.learning:.4g}) with forgetting ({budget.measure}) of "
                 f"{best.forgetting:.4g}, within the budget of {budget.limit:.4g}"
             )
-        self._write(trainer)
 
     def _at(self, trainer: Trainer, model: nn.Module, budget: ForgettingBudget, factor: float) -> ScaledPoint:
         """Measure the adapters at a factor of their scales: the target tasks too where one of several is picked."""
@@ -267,15 +277,10 @@ class ForgettingEvaluation(Callback):
         tasks = {name: list(task.compared_by()) for name, task in self._measure.tasks.items()}
         write_curve(folder, self._measure.base, tasks, self.points, self.scaled)
         if self.plot and len(self.points) > 1:
-            curve_figure(self.points, self.scaled).savefig(folder / "forgetting.png")
+            figure = curve_figure(self.points, self.scaled)
+            figure.savefig(folder / "forgetting.png")
             for logger in trainer.loggers:
-                log_figure(
-                    logger,
-                    "forgetting",
-                    "forgetting",
-                    lambda: curve_figure(self.points, self.scaled),
-                    trainer.global_step,
-                )
+                log_figure(logger, "forgetting", "forgetting", lambda: figure, trainer.global_step)
 
 
 def measured_model(pl_module: LightningModule) -> nn.Module:

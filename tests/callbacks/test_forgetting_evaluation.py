@@ -205,6 +205,16 @@ def test_a_run_that_resumes_goes_on_with_the_curve(folder, evaluation, tmp_path)
     assert other.points[-1]["forgetting"] == whole.points[-1]["forgetting"]
 
 
+def test_a_second_run_begins_a_new_curve(folder, evaluation):
+    callback = evaluation()
+    fit(folder, [callback], steps=2)
+    first = callback.points
+    fit(folder, [callback], steps=2)
+    assert [point["step"] for point in callback.points] == [0, 2]
+    assert callback.points == first
+    assert callback.points is not first
+
+
 # -- bases that cannot be reached --------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,9 @@ def test_a_base_alone_is_measured(folders, capsys):
 def test_an_adapter_is_measured_on_and_off_and_the_base_is_kept(folders, capsys, tmp_path):
     base, root, task = folders
     words = ["eval", str(root / "tasks.yaml"), "--base", base, "--adapter", str(root / "adapter")]
-    assert main([*words, "--adapters", "both", "--output", str(tmp_path / "o.json"), "--cache", str(tmp_path / "c")]) == 0
+    assert (
+        main([*words, "--adapters", "both", "--output", str(tmp_path / "o.json"), "--cache", str(tmp_path / "c")]) == 0
+    )
     assert capsys.readouterr().out.strip() == str(tmp_path / "o.json")
     told = json.loads((tmp_path / "o.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -245,7 +245,9 @@ class Accuracy(EvalTask):
 def test_better_is_better_whatever_the_figure(perplexity):
     assert improvement(Accuracy(), {"acc": 0.25}, {"acc": 0.75}) == 0.5
     assert improvement(perplexity, {"loss": 3.0}, {"loss": 2.5}) == 0.5
-    with pytest.raises(ConfigError, match="Accuracy is compared by 'acc', which is not among its figures: f1; override"):
+    with pytest.raises(
+        ConfigError, match="Accuracy is compared by 'acc', which is not among its figures: f1; override"
+    ):
         improvement(Accuracy(), {"f1": 0.0}, {"acc": 1.0})
 
 

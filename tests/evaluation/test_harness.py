@@ -124,9 +124,7 @@ def test_what_is_wrong_is_said(adapted, stories, task_files, monkeypatch):
     backwards = LMEvalHarness(
         task="local_blimp", tokenizer=stories, include_path=task_files, limit=1, higher_is_better=False
     )
-    with pytest.raises(
-        ConfigError, match="higher_is_better=False for 'acc', of which 'local_blimp' says True"
-    ):
+    with pytest.raises(ConfigError, match="higher_is_better=False for 'acc', of which 'local_blimp' says True"):
         backwards.evaluate(adapted)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'lightning-peft\[eval\]'"):

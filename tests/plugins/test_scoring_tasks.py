@@ -111,7 +111,9 @@ def test_a_space_at_the_end_of_a_context_goes_to_what_follows(tokenizer):
 def test_what_is_too_long_loses_its_beginning(llama, tokenizer):
     long, short = [4] * 100, [5] * 63
     pairs = [([*long, *short], [7]), (short, [7])]
-    assert score(llama, pairs, batch_size=1, max_length=63)[0] == score(llama, pairs[1:], batch_size=1, max_length=63)[0]
+    assert (
+        score(llama, pairs, batch_size=1, max_length=63)[0] == score(llama, pairs[1:], batch_size=1, max_length=63)[0]
+    )
     with pytest.raises(ConfigError, match="a continuation of 100 tokens is longer than the 63 of the model"):
         score(llama, [([1], long)], batch_size=1, max_length=63)
 
