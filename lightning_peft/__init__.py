@@ -60,7 +60,13 @@ if TYPE_CHECKING:
     from lightning_peft.inventory import list_adapters as list_adapters
     from lightning_peft.inventory import rename_adapter as rename_adapter
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
+    from lightning_peft.loaders import ImageClassificationLoader as ImageClassificationLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
+    from lightning_peft.loaders import MultipleChoiceLoader as MultipleChoiceLoader
+    from lightning_peft.loaders import Seq2SeqLoader as Seq2SeqLoader
+    from lightning_peft.loaders import SequenceClassificationLoader as SequenceClassificationLoader
+    from lightning_peft.loaders import TokenClassificationLoader as TokenClassificationLoader
+    from lightning_peft.loaders import TransformersLoader as TransformersLoader
     from lightning_peft.merged_copies import merged_copy as merged_copy
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
@@ -140,6 +146,12 @@ if TYPE_CHECKING:
     from lightning_peft.swapping import swap_adapter as swap_adapter
     from lightning_peft.targets import Targets as Targets
     from lightning_peft.targets import resolve_targets as resolve_targets
+    from lightning_peft.tasks import CausalLMTask as CausalLMTask
+    from lightning_peft.tasks import ClassificationTask as ClassificationTask
+    from lightning_peft.tasks import MultipleChoiceTask as MultipleChoiceTask
+    from lightning_peft.tasks import Seq2SeqTask as Seq2SeqTask
+    from lightning_peft.tasks import Task as Task
+    from lightning_peft.tasks import TokenClassificationTask as TokenClassificationTask
 
 __version__ = "0.1.0.dev0"
 
@@ -156,6 +168,8 @@ _HOME = {
     "Bottleneck": "plugins.bottleneck",
     "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
+    "CausalLMTask": "tasks",
+    "ClassificationTask": "tasks",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
     "EVA": "plugins.eva",
@@ -163,12 +177,13 @@ _HOME = {
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
     "ForeignAdapter": "adapter_formats",
-    "FullFineTuning": "plugins.full",
     "FrozenHalfPrecision": "half_precision",
+    "FullFineTuning": "plugins.full",
     "Fused": "families",
     "GGUFAdapter": "plugins.gguf_format",
     "GGUFFile": "plugins.gguf_format",
     "Halving": "population",
+    "ImageClassificationLoader": "loaders",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
@@ -191,6 +206,8 @@ _HOME = {
     "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
+    "MultipleChoiceLoader": "loaders",
+    "MultipleChoiceTask": "tasks",
     "NF4": "plugins.quantizers",
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
@@ -213,13 +230,20 @@ _HOME = {
     "ResourceMonitor": "callbacks",
     "Router": "routers",
     "RouterMonitor": "callbacks",
+    "Seq2SeqLoader": "loaders",
+    "Seq2SeqTask": "tasks",
+    "SequenceClassificationLoader": "loaders",
     "Slice": "interfaces",
     "Target": "interfaces",
     "Targets": "targets",
+    "Task": "tasks",
     "TextDataModule": "data",
+    "TokenClassificationLoader": "loaders",
+    "TokenClassificationTask": "tasks",
     "TopLayers": "plugins.top_layers",
     "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",
+    "TransformersLoader": "loaders",
     "VeRA": "plugins.vera",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
