@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_tools.distilling import distil_adapter as distil_adapter
     from lightning_peft.adapter_tools.pruning import prune_folder as prune_folder
     from lightning_peft.adapter_tools.pruning import prune_rank as prune_rank
+    from lightning_peft.adapter_tools.spectra import analyze_weights as analyze_weights
+    from lightning_peft.adapter_tools.spectra import subspace_similarity as subspace_similarity
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import MergeAdapters as MergeAdapters
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.callbacks import RouterMonitor as RouterMonitor
+    from lightning_peft.callbacks import SpectrumMonitor as SpectrumMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.composition import Adaptation as Adaptation
     from lightning_peft.composition import inject_all as inject_all
@@ -234,6 +237,7 @@ _HOME = {
     "Seq2SeqTask": "tasks",
     "SequenceClassificationLoader": "loaders",
     "Slice": "interfaces",
+    "SpectrumMonitor": "callbacks",
     "Target": "interfaces",
     "Targets": "targets",
     "Task": "tasks",
@@ -254,6 +258,7 @@ _HOME = {
     "adapters_disabled": "activation",
     "adapters_scaled": "scaling",
     "allocated_ranks": "plugins.adalora",
+    "analyze_weights": "adapter_tools.spectra",
     "bring_back_adapters": "offloading",
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",
@@ -291,6 +296,7 @@ _HOME = {
     "set_row_adapters": "rows",
     "spectrum": "adapter_tools.comparing",
     "step_cost": "strategies.cost",
+    "subspace_similarity": "adapter_tools.spectra",
     "swap_adapter": "swapping",
     "tensors_of": "strategies.cost",
     "to_lora": "adapter_tools.conversion",
