@@ -131,6 +131,10 @@ def inspect(
         found = _analyses(adapter, base or _base_of(adapter), dtype)
     else:
         found = dict(spectrum(adapter))
+    _print_analyses(found, columns, json)
+
+
+def _print_analyses(found: Mapping[str, Any], columns: list[str], json: bool) -> None:
     if json:
         fields = {
             label: {
