@@ -6,6 +6,7 @@ from lightning_peft.callbacks.merge import MergeAdapters
 from lightning_peft.callbacks.phases import Phase, PhaseSchedule
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.callbacks.router_monitor import RouterMonitor
+from lightning_peft.callbacks.spectrum_monitor import SpectrumMonitor
 
 __all__ = [
     "AdapterCheckpoint",
@@ -15,4 +16,5 @@ __all__ = [
     "PhaseSchedule",
     "ResourceMonitor",
     "RouterMonitor",
+    "SpectrumMonitor",
 ]

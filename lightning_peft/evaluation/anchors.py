@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.activation import adapters_disabled
-from lightning_peft.evaluation.measuring import device_of, logits_of, measuring
+from lightning_peft.evaluation.live_models import device_of, logits_of, measuring
 from lightning_peft.evaluation.text_blocks import check_blocks, token_blocks
 
 

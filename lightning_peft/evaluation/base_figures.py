@@ -25,7 +25,7 @@ from lightning_peft.adapter_files import write_file
 from lightning_peft.adapter_layer import adapter_layers, base_parameters
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.anchors import AnchorText, log_probabilities
-from lightning_peft.evaluation.measuring import measuring
+from lightning_peft.evaluation.live_models import measuring
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.interfaces import EvalTask
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.evaluation.live_models import device_of, longest_input
 from lightning_peft.evaluation.log_likelihood import encode
-from lightning_peft.evaluation.measuring import device_of, longest_input
 
 
 def continuations(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.errors import ConfigError, did_you_mean
-from lightning_peft.evaluation.measuring import load_tokenizer, measuring
+from lightning_peft.evaluation.live_models import load_tokenizer, measuring
 
 SEED = 1234
 """What the harness seeds numpy, torch and the choice of few-shot examples with, where nothing else is asked for."""

@@ -11,8 +11,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.evaluation.generating import continuations
+from lightning_peft.evaluation.live_models import device_of, longest_input
 from lightning_peft.evaluation.log_likelihood import encode, prefix_token, score
-from lightning_peft.evaluation.measuring import device_of, longest_input
 
 
 class LiveLM(TemplateLM):  # type: ignore[misc]

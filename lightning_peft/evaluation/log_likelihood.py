@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.measuring import device_of, logits_of
+from lightning_peft.evaluation.live_models import device_of, logits_of
 
 
 class Scored(NamedTuple):

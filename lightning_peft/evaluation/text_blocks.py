@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.example_rows import read_rows
-from lightning_peft.evaluation.measuring import load_tokenizer
+from lightning_peft.evaluation.live_models import load_tokenizer
 from lightning_peft.field_checks import is_whole
 
 SEPARATORS = ("none", "bos", "eos")

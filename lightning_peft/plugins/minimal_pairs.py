@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.example_rows import read_rows
+from lightning_peft.evaluation.live_models import load_tokenizer, longest_input, measuring
 from lightning_peft.evaluation.log_likelihood import encode_pair, score
-from lightning_peft.evaluation.measuring import load_tokenizer, longest_input, measuring
 from lightning_peft.field_checks import is_whole
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.evaluation.measuring import device_of, logits_of, measuring
+from lightning_peft.evaluation.live_models import device_of, logits_of, measuring
 from lightning_peft.evaluation.text_blocks import check_blocks, token_blocks
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask
