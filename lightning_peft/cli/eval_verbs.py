@@ -56,37 +56,41 @@ def evaluate(
         raise ConfigError("eval needs a model: give --base FOLDER_OR_ID, --adapter FOLDER, or both")
     if adapter is None and adapters != "on":
         raise ConfigError(f"--adapters {adapters} needs an adapter to switch off; give --adapter FOLDER")
-    import torch
-
-    from lightning_peft.evaluation.base_figures import BaseFigures, digest_of_base
-
     base = base or _base_of(str(adapter))
     own = {"include_path": include_path, "num_fewshot": num_fewshot, "limit": limit, "batch_size": batch_size}
     chosen = _tasks(tasks, base, {name: value for name, value in own.items() if value is not None})
-    model = _load_base(base, dtype)
-    if adapter is not None:
-        _load(model, adapter, check_base)
-    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    # A digest is that of the base; what is measured of it goes there only where the base itself was measured.
-    digest = digest_of_base(model)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries that talk must not talk into the JSON
-        measured = _measure(model, chosen, adapters if adapter is not None else "off")
-    if cache is not None and (adapter is None or adapters != "on"):
-        kept = BaseFigures(cache, digest)
-        for label, task in chosen.items():
-            kept.put(task, measured[label]["off"])
-    found = {
-        "base": base,
-        "adapter": adapter,
-        "fingerprint": digest,
-        "tasks": {label: _told(chosen[label], sides) for label, sides in measured.items()},
-    }
+    model = _model(base, adapter, dtype, check_base)
+    found = {"base": base, "adapter": adapter, **_figures(model, chosen, adapters if adapter else "off", cache)}
     text = json.dumps(found, indent=2)
     if output is None:
         print(text)
     else:
         Path(output).write_text(text + "\n", encoding="utf-8")
         print(output)
+
+
+def _model(base: str, adapter: str | None, dtype: str, check_base: bool) -> Any:
+    import torch
+
+    model = _load_base(base, dtype)
+    if adapter is not None:
+        _load(model, adapter, check_base)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _figures(model: Any, tasks: Mapping[str, Any], adapters: str, cache: str | None) -> dict[str, Any]:
+    """Measure, keep the figures of the base where they were taken, and return what is told of the model."""
+    from lightning_peft.evaluation.base_figures import BaseFigures, digest_of_base
+
+    digest = digest_of_base(model)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries that talk must not talk into the JSON
+        measured = _measure(model, tasks, adapters)
+    if cache is not None and adapters != "on":
+        kept = BaseFigures(cache, digest)
+        for label, task in tasks.items():
+            kept.put(task, measured[label]["off"])
+    told = {label: _told(tasks[label], sides) for label, sides in measured.items()}
+    return {"fingerprint": digest, "tasks": told}
 
 
 def _measure(model: Any, tasks: Mapping[str, Any], adapters: str) -> dict[str, dict[str, dict[str, float]]]:
