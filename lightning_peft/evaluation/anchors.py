@@ -88,4 +88,4 @@ def divergence(model: nn.Module, anchor: AnchorText, base: Callable[[int], Tenso
             total += F.kl_div(found, expected, reduction="sum", log_target=True).item()
             same += int((found.argmax(-1) == expected.argmax(-1)).sum())
             count += ids.numel()
-    return {"kl": total / count, "agreement": same / count, "tokens": float(count)}
+    return {"kl": max(0.0, total / count), "agreement": same / count, "tokens": float(count)}

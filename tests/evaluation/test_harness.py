@@ -11,7 +11,7 @@ from lightning_peft.evaluation.harness import figures_of, run_harness
 from lightning_peft.evaluation.live_lm import LiveLM
 from lightning_peft.random_state import random_state
 
-LIMIT = 12
+LIMIT = 8
 ROWS = 6
 
 
@@ -78,10 +78,10 @@ def test_likelihoods_one_by_one_are_those_of_the_harness(adapted, stories, task_
 def test_minimal_pairs_text_and_generation_are_what_the_harness_finds(
     adapted, stories, data_dir, task_files, of_the_harness
 ):
-    expected, _ = of_the_harness(adapted, stories, "local_blimp", 40)
-    pairs = MinimalPairs(path=str(data_dir / "mc" / "blimp_dev.jsonl"), tokenizer=stories, max_examples=40)
+    expected, _ = of_the_harness(adapted, stories, "local_blimp", 24)
+    pairs = MinimalPairs(path=str(data_dir / "mc" / "blimp_dev.jsonl"), tokenizer=stories, max_examples=24)
     assert pairs.evaluate(adapted)["acc"] == pytest.approx(expected["acc"], abs=1e-6)
-    assert run(adapted, stories, task_files, "local_blimp", 40) == pytest.approx(expected, abs=1e-6)
+    assert run(adapted, stories, task_files, "local_blimp", 24) == pytest.approx(expected, abs=1e-6)
 
     expected, _ = of_the_harness(adapted, stories, "local_stories", 3)  # stories are longer than the context
     assert run(adapted, stories, task_files, "local_stories", 3) == pytest.approx(expected, rel=1e-6)
