@@ -25,7 +25,6 @@ from lightning_peft.activation import alone, met_alone
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
 from lightning_peft.injection import Injection, injections, past_adapters
-from lightning_peft.interfaces import Adapter
 from lightning_peft.offloading import fetch_offloaded, reach_offloaded
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
 
@@ -370,7 +369,7 @@ def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, Ad
                     f"adapter {lost[0]!r} is at {path!r}, an expert that is given tokens of the whole batch in an order of its own, so rows "
                     "cannot be told apart there; adapt other places, or run a batch for each adapter"
                 )
-    if names and any([module.__dict__.get("batch_first") is False for module in inside]):
+    if names and any(module.__dict__.get("batch_first") is False for module in inside):
         _refuse_batch_second(model)
     return held
 

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 
 _RUN = 300_000
 """What a further run costs, in multiplications that the masked way, or padding, may do more."""
+_BATCH = 5
+"""How many runs cost what a batch of them does."""
+_WAYS = 8
+"""How many ways are remembered at a place."""
 _KEPT = 25_000
 """How many elements a stack may have at one place for each run of rows."""
 _FEW, _MANY, _LONG, _PIECE = 32, 256, 98_304, 16
@@ -63,37 +67,44 @@ def _into(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
         y = base(x)
         y = y.reshape(-1, y.shape[-1]).clone()
     flat = x.reshape(-1, x.shape[-1])
-    tokens = len(flat) // len(rows.index)
-    size = sum([adapter.file_rank for adapter in adapters]) * (flat.shape[1] + y.shape[1])
-    runs = len(_runs(rows.index))
-    stack = None
-    if size <= _KEPT * runs and tokens * y.shape[1] < _LONG:
-        stack = stacked(base, adapters, y.dtype, rows.held)
-    batches = _batches(rows.index, stack.ranks) if stack is not None else ()
-    if stack is not None and stack.finite and len(flat) * size <= _RUN * len(batches):
-        h = stack.A @ flat.to(y.dtype).t()  # (K, rows * tokens)
-        h.masked_fill_(_of_others(rows.index, stack.ranks, tokens), 0.0)
-        y.addmm_(h.t().to(y.dtype), stack.B)
-    elif stack is not None and len(batches) < runs:
-        _in_batches(rows, stack, batches, flat.to(y.dtype), y)
-    else:
+    tokens, features = flat.shape[0] // len(rows.index), y.shape[1]
+    way = None
+    if tokens * features < _LONG:
+        most = _KEPT * len(_runs(rows.index)) // (flat.shape[1] + features)
+        stack = stacked(base, rows, y.dtype, most)
+        way = None if stack is None else _way(stack, rows.index, tokens)
+    if way is None:
         _in_turn(adapters, rows.index, flat.view(len(rows.index), tokens, -1), y.view(len(rows.index), tokens, -1))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    elif isinstance(way, Tensor):
+        h = torch.mm(stack.A, flat.to(y.dtype).t())  # (K, rows * tokens)
+        y.addmm_(h.masked_fill_(way, 0.0).t(), stack.B)
+    else:
+        units = len(_units(rows.index))
+        ins, outs = flat.to(y.dtype).view(units, -1, flat.shape[1]), y.view(units, -1, features)
+        for start, stop, A, B in way:
+            h = torch.bmm(A, ins[start:stop].transpose(1, 2))  # (rows, rank, tokens)
+            outs[start:stop].baddbmm_(h.transpose(1, 2), B)
+    return y.view(*x.shape[:-1], features)
 
 
-def _in_batches(rows: AdapterRows, stack: RowStack, batches: tuple[_Batch, ...], x: Tensor, y: Tensor) -> None:
-    """Add the updates of x (rows * tokens, in) to y (rows * tokens, out), one of ``batches`` after the other."""
-    held = rows.held.get("batches")
-    if held is None or held[0] is not stack:
-        held = rows.held["batches"] = (
-            stack,
-            [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches],
-        )
-    units = len(_units(rows.index))
-    x, y = x.view(units, -1, x.shape[-1]), y.view(units, -1, y.shape[-1])
-    for start, stop, A, B in held[1]:
-        h = torch.bmm(A, x[start:stop].transpose(1, 2))  # (rows, rank, tokens)
-        y[start:stop].baddbmm_(h.transpose(1, 2), B)
+def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | list[tuple[int, int, Tensor, Tensor]] | None:
+    """Return what is to be zero (K, rows * tokens) of the masked way, the batches, or None for rows in turn."""
+    key = (index, tokens)
+    if key in stack.ways:
+        found: Tensor | list[tuple[int, int, Tensor, Tensor]] | None = stack.ways[key]
+        return found
+    batches, runs = _batches(index, stack.ranks), len(_runs(index))
+    multiplied = len(index) * tokens * stack.lines * (stack.A.shape[1] + stack.B.shape[1])
+    if stack.finite and multiplied <= _RUN * min(runs, _BATCH * len(batches)):
+        found = _of_others(index, stack.ranks, tokens)
+    elif len(batches) < runs:
+        found = [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches]
+    else:
+        found = None
+    if len(stack.ways) >= _WAYS:
+        stack.ways.clear()
+    stack.ways[key] = found
+    return found
 
 
 def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Tensor, y: Tensor) -> None:
@@ -121,7 +132,7 @@ def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Ten
             _add_product(part, h.t(), B, scale)
 
 
-def _add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:
+def _add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:  # noqa: N803 - as in the formula
     """Add ``scale * h @ B`` to y (tokens, out), for h (tokens, rank) and B (rank, out).
 
     Between few and many tokens MKL takes up to four times as long for one thin product as for several of fewer tokens.

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.row_batches import AdapterRows
+
 if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
-_version = attrgetter("_version")
 _NOTHING = torch.empty(0)
+_parameters = attrgetter("_parameters")
+_settings = attrgetter("scale", "method_scaling", "dropout", "training")
+_version = attrgetter("_version")
 
 
 class RowStack:
@@ -30,25 +35,28 @@ class RowStack:
         adapters: the adapters.
         dtype: of the matrices.
         tensors: all that the adapters are made of.
-        scales: the factors of their updates.
     """
 
-    def __init__(
-        self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor], scales: list[float]
-    ) -> None:
-        self.scales, self.dtype = scales, dtype
-        self.made_of = list(map(id, tensors)), *_marks(tensors)
+    def __init__(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> None:
+        self.dtype = dtype
+        self.settings = list(map(_settings, adapters))
+        self.ids, self.versions, self.addresses = list(map(id, tensors)), *_marks(tensors)
+        self.plain = not any(adapter._modules or adapter._buffers for adapter in adapters)
         self.alive = True
         self.sources = [weakref.ref(tensor, self._lost) for tensor in tensors]
         pairs = [adapter.row_factors() for adapter in adapters]
         self.ranks = tuple([len(A) for A, _ in pairs])
+        self.lines = sum(self.ranks)
         self.A = torch.cat([A for A, _ in pairs]).to(dtype).contiguous()
-        self.B = torch.cat([B * scale for (_, B), scale in zip(pairs, scales, strict=True)]).to(dtype).contiguous()
+        scaled = [B * adapter.scaling for (_, B), adapter in zip(pairs, adapters, strict=True)]
+        self.B = torch.cat(scaled).to(dtype).contiguous()
         # Zero times what is not finite would reach the rows of other adapters.
         self.finite = bool(torch.isfinite(self.B).all())
+        # Rows and tokens to what they are multiplied with, and how.
+        self.ways: dict[Any, Any] = {}
 
     def batch(self, count: int, start: int, step: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Return so many pairs A (count, rank, in) and B (count, rank, out), the first from the line ``start`` on, the next ``step`` lines on."""
+        """Return so many pairs A (count, rank, in) and B (count, rank, out), the first from line ``start`` on, the next ``step`` lines on."""
         A, B = (
             whole.as_strided(
                 (count, rank, whole.shape[1]), (step * whole.shape[1], whole.shape[1], 1), start * whole.shape[1]
@@ -60,13 +68,17 @@ class RowStack:
     def _lost(self, source: weakref.ref[Tensor]) -> None:
         self.alive = False  # another tensor may get the same address
         self.A = self.B = _NOTHING
+        self.ways.clear()
 
-    def holds(self, dtype: torch.dtype, tensors: list[Tensor], scales: list[float]) -> bool:
+    def holds(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> bool:
         """Tell whether it would be made the same way again."""
-        if dtype != self.dtype or scales != self.scales or not self.alive:
-            return False
-        ids, versions, addresses = self.made_of
-        return list(map(id, tensors)) == ids and _marks(tensors) == (versions, addresses)
+        return (
+            self.alive
+            and dtype == self.dtype
+            and list(map(id, tensors)) == self.ids
+            and _marks(tensors) == (self.versions, self.addresses)
+            and list(map(_settings, adapters)) == self.settings
+        )
 
 
 def _marks(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
@@ -78,26 +90,30 @@ _stacks: weakref.WeakKeyDictionary[nn.Module, RowStack] = weakref.WeakKeyDiction
 """The last stack made at each place."""
 
 
-def stacked(
-    base: Any, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, held: dict[Any, Any]
-) -> RowStack | None:
-    """Return the matrices of all adapters around ``base``, made when they change; None where there can be none.
+def stacked(base: Any, rows: AdapterRows, dtype: torch.dtype, most: int) -> RowStack | None:
+    """Return the matrices of all adapters around ``base``, made when they change.
 
-    ``held`` is that of the rows: the stack is looked up there before.
+    Returns None where there can be none: with dropout, trained biases, more than ``most`` lines, or tensors made in inference mode,
+    which do not count their changes.
     """
-    tensors: list[Any] = []
-    scales = []
-    for adapter in adapters:  # asked for at every place in every forward, so without a call where that can be
-        if adapter.training and adapter.dropout:
+    adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
+    stack: RowStack | None = rows.held.get("stack") or _stacks.get(base)
+    if stack is not None:
+        # The processor has nothing of this in its caches, at every place in every forward; so few and short loops.
+        plain = itertools.chain.from_iterable(map(dict.values, map(_parameters, adapters)))
+        tensors: list[Any] = list(plain) if stack.plain else _tensors(adapters)
+    if stack is None or not stack.holds(adapters, dtype, tensors):
+        tensors = _tensors(adapters)
+        if sum([adapter.file_rank for adapter in adapters]) > most:
             return None
-        plain = not (adapter._modules or adapter._buffers)
-        tensors += adapter._parameters.values() if plain else adapter.held_tensors()
-        scales.append(adapter.method_scaling * adapter.scale)
-    stack: RowStack | None = held.get("stack") or _stacks.get(base)
-    if stack is None or not stack.holds(dtype, tensors, scales):
-        # A trained bias is left to the other ways. Tensors made in inference mode do not count their changes.
-        if any(adapter.bias is not None for adapter in adapters) or any(tensor.is_inference() for tensor in tensors):
+        if any((adapter.training and adapter.dropout) or adapter.bias is not None for adapter in adapters):
             return None
-        stack = _stacks[base] = RowStack(adapters, dtype, tensors, scales)
-    held["stack"] = stack
-    return stack
+        if any(tensor.is_inference() for tensor in tensors):
+            return None
+        stack = _stacks[base] = RowStack(adapters, dtype, tensors)
+    rows.held["stack"] = stack
+    return stack if stack.lines <= most else None
+
+
+def _tensors(adapters: tuple[LowRankLinear, ...]) -> list[Tensor]:
+    return [tensor for adapter in adapters for tensor in adapter.held_tensors()]
