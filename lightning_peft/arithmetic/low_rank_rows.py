@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 _RUN = 300_000
 """What a further run costs, in multiplications that the masked way, or padding, may do more."""
-_BATCH = 5
-"""How many runs cost what a batch of them does."""
 _WAYS = 8
 """How many ways are remembered at a place."""
 _KEPT = 25_000
@@ -95,7 +93,7 @@ def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | list[
         return found
     batches, runs = _batches(index, stack.ranks), len(_runs(index))
     multiplied = len(index) * tokens * stack.lines * (stack.A.shape[1] + stack.B.shape[1])
-    if stack.finite and multiplied <= _RUN * min(runs, _BATCH * len(batches)):
+    if stack.finite and multiplied <= _RUN * len(batches):
         found = _of_others(index, stack.ranks, tokens)
     elif len(batches) < runs:
         found = [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches]
