@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -67,6 +67,7 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
     reach_offloaded(model, dict.fromkeys(name for row in rows for name in row))
     plan = RowPlan(rows, {id(layer): path for path, layer in layers.items()})
     outer = {path: layer._rows for path, layer in layers.items()}
+    plan.prepare(layers.values())
     for layer in layers.values():
         layer.route(plan)
     try:
@@ -128,6 +129,10 @@ class RowPlan:
         if len(groups) == 1:
             return groups[0][1](*args, **kwargs)
         return call_by_rows(groups, per_row, place, self._narrowed, args, kwargs)
+
+    def prepare(self, layers: Iterable[AdapterLayer]) -> None:
+        """Find the groups of all places: faster one after the other than in between much else."""
+        self.selection.places[True].update({id(layer): self.selection.groups(layer, grouped=True) for layer in layers})
 
     def forget(self) -> None:
         """Let go of all that was made of parameters."""
@@ -319,15 +324,8 @@ def _checked(model: nn.Module, names: Sequence[Row], layers: Mapping[str, Adapte
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ConfigError(f"adapter_rows needs a sequence with a name or None for each row of the batch, got {names!r}")
     for row in names:
-        several = (
-            ()
-            if row is None
-            else (row,)
-            if isinstance(row, str)
-            else tuple(row)
-            if isinstance(row, Sequence)
-            else (row,)
-        )
+        listed = isinstance(row, Sequence) and not isinstance(row, str)
+        several: Sequence[str] = [] if row is None else row if listed else [row]  # type: ignore[list-item]
         if not all(isinstance(name, str) for name in several):
             raise ConfigError(
                 f"a row has the name of an adapter, a list of names or None, got {row!r} among {len(names)} rows"

@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -66,37 +66,63 @@ def _into(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
         y = y.reshape(-1, y.shape[-1]).clone()
     flat = x.reshape(-1, x.shape[-1])
     tokens, features = flat.shape[0] // len(rows.index), y.shape[1]
-    way = None
+    stack = None
     if tokens * features < _LONG:
         most = _KEPT * len(_runs(rows.index)) // (flat.shape[1] + features)
         stack = stacked(base, rows, y.dtype, most)
-        way = None if stack is None else _way(stack, rows.index, tokens)
-    if way is None:
+    way = None if stack is None else _way(stack, rows.index, tokens)
+    if stack is None or way is None:
         _in_turn(adapters, rows.index, flat.view(len(rows.index), tokens, -1), y.view(len(rows.index), tokens, -1))
     elif isinstance(way, Tensor):
         h = torch.mm(stack.A, flat.to(y.dtype).t())  # (K, rows * tokens)
         y.addmm_(h.masked_fill_(way, 0.0).t(), stack.B)
     else:
-        units = len(_units(rows.index))
-        ins, outs = flat.to(y.dtype).view(units, -1, flat.shape[1]), y.view(units, -1, features)
-        for start, stop, A, B in way:
-            h = torch.bmm(A, ins[start:stop].transpose(1, 2))  # (rows, rank, tokens)
-            outs[start:stop].baddbmm_(h.transpose(1, 2), B)
+        _in_batches(way, flat.to(y.dtype), y)
     return y.view(*x.shape[:-1], features)
 
 
-def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | list[tuple[int, int, Tensor, Tensor]] | None:
+def _in_batches(way: _Batches, x: Tensor, y: Tensor) -> None:
+    """Add the updates of x (rows * tokens, in) to y (rows * tokens, out), one batch after the other, or all at once where they are alike."""
+    if way.alike:
+        _, _, A, B = way.each[0]
+        ins, outs = (part.view(-1, A.shape[0], part.shape[1]) for part in (x, y))  # (batches, rows of one, ...)
+        h = torch.bmm(A, ins.permute(1, 2, 0))  # (rows of one, rank, batches)
+        outs.add_(torch.bmm(h.transpose(1, 2), B).transpose(0, 1))
+        return
+    ins, outs = (part.view(way.units, -1, part.shape[1]) for part in (x, y))
+    for start, stop, A, B in way.each:
+        h = torch.bmm(A, ins[start:stop].transpose(1, 2))  # (rows, rank, tokens)
+        outs[start:stop].baddbmm_(h.transpose(1, 2), B)
+
+
+class _Batches(NamedTuple):
+    """Batches of units of rows, of consecutive rows with one adapter."""
+
+    units: int
+    """How many units there are."""
+    alike: bool
+    """Whether all batches have the same adapters, no rows between them, and one token in each unit."""
+    each: list[tuple[int, int, Tensor, Tensor]]
+    """The first unit of a batch, the one behind its last, A (units, rank, in) and B (units, rank, out)."""
+
+
+def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | _Batches | None:
     """Return what is to be zero (K, rows * tokens) of the masked way, the batches, or None for rows in turn."""
     key = (index, tokens)
     if key in stack.ways:
-        found: Tensor | list[tuple[int, int, Tensor, Tensor]] | None = stack.ways[key]
+        found: Tensor | _Batches | None = stack.ways[key]
         return found
-    batches, runs = _batches(index, stack.ranks), len(_runs(index))
+    batches, runs, units = _batches(index, stack.ranks), len(_runs(index)), len(_units(index))
     multiplied = len(index) * tokens * stack.lines * (stack.A.shape[1] + stack.B.shape[1])
     if stack.finite and multiplied <= _RUN * len(batches):
         found = _of_others(index, stack.ranks, tokens)
     elif len(batches) < runs:
-        found = [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches]
+        alike = {(stop - start, *where) for start, stop, *where in batches}
+        whole = (
+            sum([stop - start for start, stop, *_ in batches]) == len(index) * tokens
+        )  # units are tokens, and none is left out
+        each = [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches]
+        found = _Batches(units, whole and len(alike) == 1, each)
     else:
         found = None
     if len(stack.ways) >= _WAYS:
@@ -142,7 +168,7 @@ def _add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:  # noqa
     pieces = tokens // _PIECE
     whole = pieces * _PIECE
     y[:whole].view(pieces, _PIECE, out).baddbmm_(
-        h[:whole].unflatten(0, (pieces, _PIECE)), B.expand(pieces, *B.shape), alpha=scale
+        torch.unflatten(h[:whole], 0, (pieces, _PIECE)), B.expand(pieces, *B.shape), alpha=scale
     )
     if whole < tokens:
         y[whole:].addmm_(h[whole:], B, alpha=scale)

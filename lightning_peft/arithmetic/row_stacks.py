@@ -86,8 +86,8 @@ def _marks(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
     return list(map(_version, tensors)), list(map(Tensor.data_ptr, tensors))
 
 
-_stacks: weakref.WeakKeyDictionary[nn.Module, RowStack] = weakref.WeakKeyDictionary()
-"""The last stack made at each place."""
+_stacks: dict[int, tuple[weakref.ref[nn.Module], RowStack]] = {}
+"""The last stack made at each place, by the id of its module."""
 
 
 def stacked(base: Any, rows: AdapterRows, dtype: torch.dtype, most: int) -> RowStack | None:
@@ -97,7 +97,8 @@ def stacked(base: Any, rows: AdapterRows, dtype: torch.dtype, most: int) -> RowS
     which do not count their changes.
     """
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
-    stack: RowStack | None = rows.held.get("stack") or _stacks.get(base)
+    kept = _stacks.get(id(base))
+    stack = kept[1] if kept is not None and kept[0]() is base else None
     if stack is not None:
         # The processor has nothing of this in its caches, at every place in every forward; so few and short loops.
         plain = itertools.chain.from_iterable(map(dict.values, map(_parameters, adapters)))
@@ -110,8 +111,9 @@ def stacked(base: Any, rows: AdapterRows, dtype: torch.dtype, most: int) -> RowS
             return None
         if any(tensor.is_inference() for tensor in tensors):
             return None
-        stack = _stacks[base] = RowStack(adapters, dtype, tensors)
-    rows.held["stack"] = stack
+        stack = RowStack(adapters, dtype, tensors)
+        key = id(base)
+        _stacks[key] = weakref.ref(base, lambda _: _stacks.pop(key, None)), stack
     return stack if stack.lines <= most else None
 
 
