@@ -53,6 +53,7 @@ def test_rows_in_every_order_go_the_way_that_suits_them(monkeypatch: pytest.Monk
         (["a", "d", "a", "d", "b", "d"], 1, "zeros"),
         (["a", "d", "a", "d", "b", "d"], 20, "in turn"),
         (["a", "b", "d", None], 75, "pieces"),
+        (["a", "a", "a", "b", "b", "b"], 20, "in turn"),
     ):
         x = torch.randn(len(order), tokens, 48, generator=torch.Generator().manual_seed(4))
         monkeypatch.setattr(low_rank_rows, "_RUN", 1000 if way in ("batches", "at once", "in turn") else 300_000)

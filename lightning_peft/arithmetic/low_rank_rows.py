@@ -41,7 +41,7 @@ _WAYS = 8
 _KEPT = 25_000
 """How many elements a stack may have at one place for each run of rows."""
 _FEW, _MANY, _LONG, _PIECE = 32, 256, 98_304, 16
-"""Products of more than ``_FEW`` and less than ``_MANY`` tokens with ``_LONG`` results or more go in pieces of ``_PIECE`` tokens."""
+"""Products of more than ``_FEW`` and less than ``_MANY`` tokens with ``_LONG`` results or more go in pieces of ``_PIECE`` tokens, run by run."""
 
 _Batch: TypeAlias = tuple[int, int, int, int, int]
 """First unit of rows, the one behind the last, where in a stack the first matrix starts, how far the next is, and the rank of all."""
@@ -116,7 +116,7 @@ def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | _Batc
     multiplied = len(index) * tokens * stack.lines * (stack.A.shape[1] + stack.B.shape[1])
     if stack.finite and multiplied <= _RUN * len(batches):
         found = _of_others(index, stack.ranks, tokens)
-    elif len(batches) < runs:
+    elif len(batches) < runs and len(index) // units * tokens * stack.B.shape[1] < _LONG:
         alike = {(stop - start, *where) for start, stop, *where in batches}
         whole = (
             sum([stop - start for start, stop, *_ in batches]) == len(index) * tokens
