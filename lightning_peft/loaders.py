@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError, LightningPEFTError
 from lightning_peft.interfaces import Method
+from lightning_peft.saved_modules import note_new
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_NEW = "_lightning_peft_new_modules"
 
 
 class ModelLoader(ABC):
@@ -48,7 +48,7 @@ class ModelLoader(ABC):
 class TransformersLoader(ModelLoader):
     """A model of transformers, from a local folder or a hub id; a subclass says of which kind.
 
-    Modules that the checkpoint has no weights for, such as the head of a task that is new, are noted: see :func:`new_modules`.
+    Modules that the checkpoint has no weights for, such as the head of a task that is new, are noted: see :func:`~lightning_peft.saved_modules.new_modules`.
     """
 
     auto_class: ClassVar[str]
@@ -122,7 +122,7 @@ class TransformersLoader(ModelLoader):
             raise
         except (OSError, ValueError) as error:
             raise ConfigError(f"no {self.kind} could be loaded from {self.path!r}: {error}") from error
-        model.__dict__[_NEW] = _roots(model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        note_new(model, _roots(model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]))
         return model
 
     def _is_quantized(self) -> bool:
@@ -245,11 +245,6 @@ class ImageClassificationLoader(_ClassificationLoader):
 
     auto_class: ClassVar[str] = "AutoModelForImageClassification"
     kind: ClassVar[str] = "model for the classification of images"
-
-
-def new_modules(model: nn.Module) -> list[str]:
-    """Return the paths of the modules of ``model`` that its checkpoint had no weights for; they have random ones, and need training."""
-    return list(model.__dict__.get(_NEW, ()))
 
 
 def _roots(model: nn.Module, missing: Iterable[str]) -> list[str]:

@@ -140,7 +140,7 @@ def test_a_new_head_is_trained_and_comes_back_with_the_adapter(roberta_dir, make
     ("method", "targets", "given", "expected"),
     [
         (LoRA(rank=2), None, ["classifier"], ["classifier"]),
-        (LoRA(rank=2), ["query", "re:classifier.dense"], None, None),
+        (LoRA(rank=2), ["query", "re:classifier.dense"], None, ["classifier"]),
         (FullFineTuning(), None, None, ["classifier"]),
     ],
     ids=["named", "adapted by name", "full"],
