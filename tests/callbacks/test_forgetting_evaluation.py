@@ -270,6 +270,19 @@ def test_full_fine_tuning_without_an_adapter_is_compared_with_its_start(folder, 
     assert late.points[0]["forgetting"] == first.points[-1]["forgetting"]
 
 
+def test_a_trained_base_is_found_in_its_cache_when_the_run_resumes(folder, anchor, tmp_path):
+    options = {"anchor": anchor, "cache": str(tmp_path / "cache"), "output": str(tmp_path)}
+    first = ForgettingEvaluation({"norm": Norm()}, **options)
+    _, trainer = fit(folder, [first], module=Plain(folder), steps=4)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = ForgettingEvaluation({"norm": Norm()}, **options)
+    fit(folder, [rest], module=Plain(folder), steps=5, resume=str(tmp_path / "half.ckpt"))
+    assert rest.points[:2] == first.points
+    assert [point["step"] for point in rest.points] == [0, 4, 5]
+    assert rest.points[-1]["anchor"]["kl"] > 1e-4
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 1
+
+
 def test_full_fine_tuning_as_a_method_needs_no_cache(folder, evaluation):
     callback = evaluation()
     fit(folder, [callback], method=FullFineTuning(), steps=2, lr=1e-2)
