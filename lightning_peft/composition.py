@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,8 +19,7 @@ from torch import nn
 
 from lightning_peft.activation import active_adapters, set_active_adapters
 from lightning_peft.adapter_files import INDEX, inner_adapters, is_adapter, to_json_bytes, write_file
-from lightning_peft.adapter_layer import adapters_named, base_modules, unwrapped
-from lightning_peft.arithmetic.parameter_copies import parameter_places, replaced_names
+from lightning_peft.adapter_layer import adapters_named
 from lightning_peft.base_preparation import prepare_base
 from lightning_peft.errors import AdapterFileError, ConfigError, InjectionError
 from lightning_peft.families import ModelFamily
@@ -30,11 +28,11 @@ from lightning_peft.interfaces import Method
 from lightning_peft.model_card import CardFacts
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.rows import set_row_adapters
-from lightning_peft.saved_modules import inside, saved_places
+from lightning_peft.saved_modules import saved_places
 from lightning_peft.scaling import adapter_scale, scale_adapters
 from lightning_peft.state import load_adapter, planned_adapter, write_adapter
 from lightning_peft.surgery import check_name, inject, plan, resolve_family
-from lightning_peft.targets import Targets, matches
+from lightning_peft.targets import Targets
 
 _VERSION, _SCALED = 1, 2
 """Versions of that file: without and with factors of their effects."""
@@ -150,83 +148,6 @@ def inject_all(
         set_active_adapters(model, [] if by_rows else list(chosen))
         set_row_adapters(model, list(chosen) if by_rows else [])
     return made
-
-
-def training_also(
-    model: nn.Module, adaptations: Sequence[Adaptation], new: Sequence[str], *, by_rows: bool = False
-) -> list[Adaptation]:
-    """Return ``adaptations`` with the modules ``new``, which have random weights, among the ``modules_to_save`` of the first.
-
-    An adapter has to hold such a module whole, as its base can never be loaded again: what else was to adapt a part of it leaves it out. Left
-    as it is one that an adaptation holds already: in its ``modules_to_save``, or as targets that it names and its method trains in full.
-
-    Args:
-        model: the base.
-        adaptations: with their names.
-        new: paths of modules.
-        by_rows: each acts on rows of its own, and so each one gets them.
-
-    Raises:
-        ConfigError: an adaptation would be left with nothing but parts of ``new``, of which it cannot hold the random weights.
-    """
-    if not new:
-        return list(adaptations)
-    if by_rows:
-        return [training_also(model, [one], new)[0] for one in adaptations]
-    family = resolve_family(model, None)
-    plans = [plan(model, one.method, one.targets, one.modules_to_save, family) for one in adaptations]
-    named_too = [one.targets is not None for one in adaptations]
-    lacking = [
-        path
-        for path in new
-        if not any(_holds(model, one, path, family, too) for one, too in zip(plans, named_too, strict=True))
-    ]
-    if not lacking:
-        return list(adaptations)
-    first, *others = adaptations
-    if first.targets is not None:  # those that nobody named leave room by themselves
-        first = _without(model, first, lacking, family)
-    given = [first.modules_to_save] if isinstance(first.modules_to_save, str) else first.modules_to_save or []
-    return [
-        replace(first, modules_to_save=[*given, *lacking]),
-        *(_without(model, one, lacking, family) for one in others),
-    ]
-
-
-def _holds(model: nn.Module, injection: Injection, path: str, family: ModelFamily, by_method: bool) -> bool:
-    """Tell whether an adapter will hold its own values of all parameters of the module at ``path``, saved or, ``by_method``, as targets."""
-    if inside(path, [target.path for target in injection.saved]):
-        return True
-    if not by_method:
-        return False
-    modules = {place: unwrapped(module) for place, module in base_modules(model) if inside(place, [path])}
-    held = {
-        (target.path, name)
-        for target in all_places(model, injection, family)
-        if target.path in modules
-        for name in replaced_names(injection.method.adapter(modules[target.path], target))
-    }
-    return held >= {(place, name) for place, names in parameter_places(model, [path]).items() for name in names}
-
-
-def _without(model: nn.Module, one: Adaptation, lacking: Sequence[str], family: ModelFamily) -> Adaptation:
-    """Return an adaptation that adapts no part of ``lacking``."""
-    injection = plan(model, one.method, one.targets, one.modules_to_save, family)
-    hit = [path for path in lacking if any(inside(target.path, [path]) for target in injection.targets)]
-    if not hit:
-        return one
-    spec = Targets.of(one.method.default_targets if one.targets is None else one.targets)
-    words = [
-        word for word in spec.include if any(not inside(path, hit) for path in matches(word, model, family))
-    ]
-    if not words:
-        raise ConfigError(
-            f"{type(one.method).__name__} targets={list(spec.include)} adapt nothing but {', '.join(hit)}, which the checkpoint has no weights for: "
-            "an adapter must hold them whole, as no other run starts from the same random ones. Name other targets, and they are trained in "
-            "full beside them; to train them alone, take a method that trains in full"
-        )
-    parts = [rf"re:{re.escape(path)}(\..*)?" for path in hit]
-    return replace(one, targets=replace(spec, include=words, exclude=[*spec.exclude, *parts]))
 
 
 def _check_together(model: nn.Module, plans: dict[str, Injection], family: ModelFamily) -> None:
@@ -352,11 +273,14 @@ def holds_several(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
-def saved_adapters(path: str | Path) -> dict[str, Path]:
-    """Return the folders of the adapters of a folder that were active when they were saved, by name, the innermost first."""
+def saved_adapters(path: str | Path, *, inactive: bool = False) -> dict[str, Path]:
+    """Return the folders of the adapters of a folder that were active when they were saved, by name, the innermost first.
+
+    With ``inactive`` also those of the others, in the order in which they were put in.
+    """
     folder = Path(path)
-    active = _index(folder)[1] if holds_several(folder) else ["default"]
-    return {name: _folder_of(folder, name) for name in active}
+    names, active, _ = _index(folder) if holds_several(folder) else (["default"], ["default"], {})
+    return {name: _folder_of(folder, name) for name in (names if inactive else active)}
 
 
 def first_adapter(path: str | Path) -> Path:

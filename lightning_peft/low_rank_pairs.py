@@ -90,8 +90,13 @@ def _label(path: str, key: str) -> str:
     return f"{path}.{inner}" if inner else path
 
 
-def updates_in(model: nn.Module, name: str) -> Updates:
+def updates_in(model: nn.Module, name: str, *, without_saved: bool = False) -> Updates:
     """Return the updates of the adapter ``name`` in ``model``; places that follow another's tensors are left out.
+
+    Args:
+        model: the adapted model.
+        name: the adapter.
+        without_saved: leave its ``modules_to_save`` out, and do not refuse them.
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
@@ -105,6 +110,8 @@ def updates_in(model: nn.Module, name: str) -> Updates:
     pairs: dict[str, dict[str, Pair]] = {}
     tied = set()
     for path, adapter in adapters_named(model, name).items():
+        if isinstance(adapter, SavedParameters) and without_saved:
+            continue
         if isinstance(adapter, SavedParameters):
             raise ConfigError(f"{what} trains {path!r} in full (modules_to_save), which is no low-rank update")
         if isinstance(adapter, LowRankExperts):

@@ -21,11 +21,11 @@ from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.batch_parts import field_of, rows_of, target_of, tokens_of
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
-from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named, training_also
+from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
-from lightning_peft.loaders import ModelLoader, loaded
+from lightning_peft.loaders import ModelLoader, loaded, training_also
 from lightning_peft.measuring import Measuring
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import (

@@ -26,8 +26,8 @@ IDS = torch.randint(3, 40, (4, 6), generator=torch.Generator().manual_seed(1))
 def loader(tmp_path_factory):
     """A BERT whose checkpoint has neither pooler nor classifier."""
     folder = tmp_path_factory.mktemp("bert")
-    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).save_pretrained(folder)
     return SequenceClassificationLoader(path=str(folder), num_labels=3)
 
 

@@ -341,5 +341,7 @@ def test_what_is_generated_has_room_whatever_else_is_asked_for(llama, llama_dir,
     lengths = []
     generate = llama.generate
     llama.generate = lambda **given: lengths.append(given["max_new_tokens"]) or generate(**given)
-    make_trainer(tmp_path).validate(PEFTModule(llama, LoRA(rank=2), task=task), prompted(prompts, wanted), verbose=False)
+    make_trainer(tmp_path).validate(
+        PEFTModule(llama, LoRA(rank=2), task=task), prompted(prompts, wanted), verbose=False
+    )
     assert lengths == [64]
