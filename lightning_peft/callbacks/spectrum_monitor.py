@@ -143,5 +143,5 @@ class SpectrumMonitor(Callback):
                 return dict(change_spectrum(root, name))
         except MergeError as error:
             raise ConfigError(f"SpectrumMonitor looks at changes of weights: {error}") from error
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise ConfigError(f"adapter {name!r} has values that are not finite: its training has diverged") from error
