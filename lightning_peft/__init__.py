@@ -41,7 +41,14 @@ if TYPE_CHECKING:
     from lightning_peft.composition import inject_all as inject_all
     from lightning_peft.composition import load_adapters as load_adapters
     from lightning_peft.composition import save_adapters as save_adapters
+    from lightning_peft.data import ClassificationDataModule as ClassificationDataModule
+    from lightning_peft.data import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_peft.data import InstructionDataModule as InstructionDataModule
+    from lightning_peft.data import MultipleChoiceDataModule as MultipleChoiceDataModule
+    from lightning_peft.data import RowsDataModule as RowsDataModule
+    from lightning_peft.data import Seq2SeqDataModule as Seq2SeqDataModule
     from lightning_peft.data import TextDataModule as TextDataModule
+    from lightning_peft.data import TokenClassificationDataModule as TokenClassificationDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
     from lightning_peft.families import Fused as Fused
@@ -156,6 +163,7 @@ _HOME = {
     "Bottleneck": "plugins.bottleneck",
     "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
+    "ClassificationDataModule": "data",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
     "EVA": "plugins.eva",
@@ -163,13 +171,15 @@ _HOME = {
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
     "ForeignAdapter": "adapter_formats",
-    "FullFineTuning": "plugins.full",
     "FrozenHalfPrecision": "half_precision",
+    "FullFineTuning": "plugins.full",
     "Fused": "families",
     "GGUFAdapter": "plugins.gguf_format",
     "GGUFFile": "plugins.gguf_format",
     "Halving": "population",
+    "ImageFolderDataModule": "data",
     "Injection": "injection",
+    "InstructionDataModule": "data",
     "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
@@ -191,6 +201,7 @@ _HOME = {
     "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
+    "MultipleChoiceDataModule": "data",
     "NF4": "plugins.quantizers",
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
@@ -213,10 +224,13 @@ _HOME = {
     "ResourceMonitor": "callbacks",
     "Router": "routers",
     "RouterMonitor": "callbacks",
+    "RowsDataModule": "data",
+    "Seq2SeqDataModule": "data",
     "Slice": "interfaces",
     "Target": "interfaces",
     "Targets": "targets",
     "TextDataModule": "data",
+    "TokenClassificationDataModule": "data",
     "TopLayers": "plugins.top_layers",
     "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",

@@ -35,7 +35,9 @@ class WithAdapters:
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Return the batch, with the name of the adapter of each row."""
         names = [example[ADAPTER_COLUMN] for example in examples]
-        rest = [{key: value for key, value in example.items() if key != ADAPTER_COLUMN} for example in examples]
+        rest: list[Example] = [
+            {key: value for key, value in example.items() if key != ADAPTER_COLUMN} for example in examples
+        ]
         return {**self.collate(rest), ADAPTER_COLUMN: names}
 
 
@@ -66,7 +68,7 @@ class SequenceCollator:
         fillers = dict(self.padding)
         for name in examples[0]:
             values = [example[name] for example in examples]
-            if name in fillers:
+            if name in fillers and isinstance(values[0], Tensor):
                 batch[name] = padded(values, fillers[name])
             elif name != "input_ids":
                 batch[name] = torch.tensor(values)

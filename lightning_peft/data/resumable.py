@@ -106,7 +106,7 @@ class ResumableSampler(EpochPosition, DistributedSampler[int]):
         else:
             order = torch.arange(size)
         if self.lengths is not None:
-            groups = order.split(max(1, self.group_size))
+            groups = torch.split(order, max(1, self.group_size))
             order = torch.cat([group[self.lengths[group].argsort(descending=True, stable=True)] for group in groups])
         return iter(order[self.rank : self.total_size : self.num_replicas][self.position :].tolist())
 

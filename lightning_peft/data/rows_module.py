@@ -282,8 +282,6 @@ class RowsDataModule(LightningDataModule):
         """Return the file that a set comes from."""
         if not trained and name in self.val:
             return self.val[name]
-        if name == "replay":
-            return str(getattr(self, name, name))
         return self._train[name if name in self._train else next(iter(self._train))]
 
     def summary(self) -> str:
@@ -319,9 +317,7 @@ class RowsDataModule(LightningDataModule):
         """Refuse values that are no whole numbers of at least ``least``."""
         for name, value in values.items():
             if not is_whole(value, least):
-                raise ConfigError(
-                    f"{type(self).__name__} {name} must be an integer of at least {least}, got {value!r}"
-                )
+                raise ConfigError(f"{type(self).__name__} {name} must be an integer of at least {least}, got {value!r}")
 
     def _check(self, val_batch_size: int | None) -> None:
         own = type(self).__name__

@@ -4,7 +4,7 @@ LIMA (arXiv 2305.11206) fine-tunes on a thousand examples, chosen by hand for qu
 machine: of the rows that are left after deduplication, each next one is that whose nearest chosen row is farthest away
 (Gonzalez, 1985). Quality cannot; look at the rows with ``lightning-peft preview``.
 
-Similarity is that of Jaccard, |a ∩ b| / |a ∪ b|, of the sets of n-grams of words of two rows, estimated by MinHash
+Similarity is that of Jaccard, shared elements over all elements, of the sets of n-grams of words of two rows, estimated by MinHash
 (Broder, 1997; the library ``datasketch``).
 """
 

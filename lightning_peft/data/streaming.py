@@ -55,7 +55,9 @@ class StreamPosition(EpochPosition, Sampler[None]):
 class StreamedBatches(IterableDataset[Any]):
     """The batches of a worker's turns, without end: after the last one come turns without a batch."""
 
-    def __init__(self, module: RowsDataModule, batch_size: int, position: StreamPosition, collate: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: RowsDataModule, batch_size: int, position: StreamPosition, collate: Callable[..., Any]
+    ) -> None:
         self.module, self.batch_size, self.position, self.collate = copy.copy(module), batch_size, position, collate
         self.module.trainer = None
 

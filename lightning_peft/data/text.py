@@ -160,6 +160,11 @@ class TextDataModule(TokenizedDataModule):
     def shown(self, example: Example) -> list[tuple[str, bool]]:
         return super().shown({"labels": example["input_ids"], **example})
 
+    @override
+    def source_of(self, name: str, trained: bool) -> str:
+        """Return the file that a set comes from, or that of ``replay``."""
+        return self.replay if name == _REPLAY and self.replay is not None else super().source_of(name, trained)
+
     # -- packing ---------------------------------------------------------------------------------------------------
 
     def _packed(self, rows: Iterable[Row], name: str, trained: bool, limit: int | None) -> Iterator[Example]:
@@ -201,11 +206,10 @@ class TextDataModule(TokenizedDataModule):
 
     def _with_replay(self, examples: Iterator[Example], bad_rows: BadRows) -> Iterator[Example]:
         """Yield examples with rows of ``replay`` between them, of which ``replay_share`` are; they begin anew where they end."""
-        share, given, replayed = self.replay_share, 0, 0
+        share, replayed = self.replay_share, 0
         replay = self._replay_rows(bad_rows)
-        for example in examples:
+        for given, example in enumerate(examples, start=1):
             yield example
-            given += 1
             while replayed + 1 <= share * (given + replayed + 1):
                 yield next(replay)
                 replayed += 1
