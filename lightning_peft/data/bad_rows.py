@@ -74,9 +74,6 @@ class BadRows:
             kept = self.places.setdefault(kind, [])
             kept.extend(places[: _KEPT - len(kept)])
 
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
     def __str__(self) -> str:
         lines = []
         for kind, count in self.counts.items():
@@ -87,7 +84,7 @@ class BadRows:
 
     def warn(self, of: str) -> None:
         """Tell with one warning what was counted of the set ``of``, if anything was."""
-        if self:
+        if self.counts:
             warnings.warn(f"of the rows of {of}, {self}", LightningPEFTWarning, stacklevel=3)
 
     def to_dict(self) -> dict[str, Any]:

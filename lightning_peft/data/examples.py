@@ -52,6 +52,8 @@ class Examples(Dataset[dict[str, Any]]):
 
     @override
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"there are {self.size} examples, and no number {index}")
         example: dict[str, Any] = {}
         for name, ids in self.flat.items():
             start, end = self.ends[name][index : index + 2].tolist()
@@ -59,6 +61,11 @@ class Examples(Dataset[dict[str, Any]]):
         for name, values in self.others.items():
             example[name] = values[index]
         return example
+
+    @property
+    def fields(self) -> set[str]:
+        """The names of the fields."""
+        return {*self.ends, *self.others}
 
     @property
     def lengths(self) -> Tensor:

@@ -28,7 +28,7 @@ from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.data.selection import select_rows
 from lightning_peft.data.sources import Row, read_rows
 from lightning_peft.data.streaming import StreamingDataLoader
-from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number, is_whole
 
 TRAIN = "train"
@@ -274,7 +274,7 @@ class RowsDataModule(LightningDataModule):
         if not len(examples):
             raise ConfigError(
                 f"{self.source_of(name, trained)!r} gives no rows for {name!r}; "
-                + (f"of its rows, {bad_rows}" if bad_rows else "it has none")
+                + (f"of its rows, {bad_rows}" if bad_rows.counts else "it has none")
             )
         return examples
 
@@ -284,16 +284,36 @@ class RowsDataModule(LightningDataModule):
             return self.val[name]
         return self._train[name if name in self._train else next(iter(self._train))]
 
+    def first(self, name: str, count: int) -> list[Example]:
+        """Return the first examples of a set, which is read if it was not; ``train`` or an adapter names what is trained on.
+
+        Raises:
+            ConfigError: there is no such set.
+        """
+        names = [*self._train, *self.val_names]
+        if name not in names:
+            raise ConfigError(f"there is no set {name!r}{did_you_mean(name, names) or '.'} The sets are: {', '.join(names)}")
+        self.prepare()
+        trained = name in self._train
+        if trained and self.streaming:
+            bad_rows = self.bad_rows.setdefault(name, BadRows(self.on_bad_rows))
+            return list(itertools.islice(self.examples(self.stream(bad_rows), name, True, bad_rows), count))
+        if (name, trained) not in self._datasets:
+            self._datasets[name, trained] = self._made(name, trained)
+        examples = self._datasets[name, trained]
+        return [examples[number] for number in range(min(count, len(examples)))]
+
     def summary(self) -> str:
         """Return how many rows each set has, how it was split, and what was left out: a line or more for each set."""
         lines = []
         for (name, trained), examples in self._datasets.items():
+            tokens = f", {int(examples.lengths.sum())} tokens" if "input_ids" in examples.fields else ""
             use = "to train on" if trained else "to evaluate on"
             if self.val_fraction and (trained or name not in self.val):
                 how = f"drawn with seed {self.seed}" if self.split == "random" else "at the end"
                 use += f" ({self.val_fraction:g} of the file is held out, {how})"
-            lines.append(f"{name}: {len(examples)} rows of {self.source_of(name, trained)} {use}")
-        return "\n".join([*lines, *(f"{name}: {bad}" for name, bad in self.bad_rows.items() if bad)])
+            lines.append(f"{name}: {len(examples)} rows{tokens} of {self.source_of(name, trained)} {use}")
+        return "\n".join([*lines, *(f"{name}: {bad}" for name, bad in self.bad_rows.items() if bad.counts)])
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -38,9 +38,23 @@ _NOTHING: tuple[None, list[Any]] = (None, [])
 class StreamPosition(EpochPosition, Sampler[None]):
     """The epoch of a stream and the turns of it that were handed out; what Lightning tells of epochs comes here."""
 
+    batches: int
+    """Batches of this epoch that were handed out."""
+    finished: bool
+    """The end of the epoch was seen."""
+    loaded: bool
+    """A state was loaded, and at most one batch was handed out since: Lightning fetches one before it tells the epoch."""
+
     def __init__(self) -> None:
-        self.epoch, self.position, self.told, self.resuming, self.batches = 0, 0, 0, False, 0
-        self.finished = False
+        self.epoch, self.position, self.told, self.resuming = 0, 0, 0, False
+        self.batches, self.finished, self.loaded = 0, False, False
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        if self.loaded:
+            self.told = epoch
+        else:
+            super().set_epoch(epoch)
 
     @override
     def advance(self, epochs: int = 1) -> None:
@@ -135,6 +149,8 @@ class StreamingDataLoader(DataLoader[Any]):
 
     starts_at_once = True
     """A resumed run may set the random state of its checkpoint before the first batch."""
+    carries_on = True
+    """At the end of an epoch too, its state says where it goes on."""
 
     def __init__(
         self,
@@ -155,7 +171,10 @@ class StreamingDataLoader(DataLoader[Any]):
     @override
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         place: Any = self.sampler
-        over = place.finished or (self.limit is not None and place.batches > self.limit)
+        over = self.limit is not None and place.batches >= self.limit
+        if place.resuming and place.finished and not over:
+            place.resuming = False  # of the epoch that goes on, nothing is left
+            return
         if over or (place.position and not place.resuming):
             place.advance()
         kept = torch.get_rng_state() if place.resuming and place.position else None
@@ -163,7 +182,7 @@ class StreamingDataLoader(DataLoader[Any]):
         turns = super().__iter__()
         if kept is not None:
             torch.set_rng_state(kept)
-        idle, report = 0, self.module.bad_rows.setdefault("train", BadRows(self.module.on_bad_rows))
+        idle, handed_out, report = 0, 0, self.module.bad_rows.setdefault("train", BadRows(self.module.on_bad_rows))
         for batch, found in turns:
             place.position += 1
             if place.epoch == 0:  # the next ones find the same
@@ -173,7 +192,8 @@ class StreamingDataLoader(DataLoader[Any]):
                 if idle == max(1, self.num_workers):
                     break
                 continue
-            idle, place.batches = 0, place.batches + 1
+            idle, place.batches, handed_out = 0, place.batches + 1, handed_out + 1
+            place.loaded = place.loaded and handed_out == 1
             yield batch
         place.finished = True
         if place.epoch == 0:
@@ -199,7 +219,7 @@ class StreamingDataLoader(DataLoader[Any]):
                     "resume with the data settings of the first run, or start a new run from its adapter folder"
                 )
         place.epoch, place.position, place.batches = (state_dict[name] for name in ("epoch", "position", "batches"))
-        place.finished, place.resuming = bool(state_dict["finished"]), True
+        place.finished, place.resuming, place.loaded = bool(state_dict["finished"]), True, True
 
     def _order(self) -> dict[str, int]:
         module = self.module
