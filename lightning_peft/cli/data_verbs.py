@@ -14,7 +14,9 @@ PREDICTED, READ = "bold green", "dim"
 """How rich writes what the model learns to predict, and what it reads."""
 
 
-def preview(config: str, rows: int = 3, set: str = "train", colour: Literal["auto", "always", "never"] = "auto") -> None:
+def preview(
+    config: str, rows: int = 3, set: str = "train", colour: Literal["auto", "always", "never"] = "auto"
+) -> None:
     """Show rows of the data of a configuration, with what is predicted in colour.
 
     Args:

@@ -292,7 +292,9 @@ class RowsDataModule(LightningDataModule):
         """
         names = [*self._train, *self.val_names]
         if name not in names:
-            raise ConfigError(f"there is no set {name!r}{did_you_mean(name, names) or '.'} The sets are: {', '.join(names)}")
+            raise ConfigError(
+                f"there is no set {name!r}{did_you_mean(name, names) or '.'} The sets are: {', '.join(names)}"
+            )
         self.prepare()
         trained = name in self._train
         if trained and self.streaming:

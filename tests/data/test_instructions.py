@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 
 import pytest
 from transformers import AutoTokenizer
@@ -78,13 +79,17 @@ def test_alpaca_rows_of_real_tasks_have_the_prompt_of_alpaca(data_dir, stories, 
 
 
 @pytest.mark.parametrize("template", ["chatml", "marked_chatml"])
-def test_only_the_turns_of_the_assistant_are_learned_in_real_conversations(
-    data_dir, stories, jsonl, template, request
-):
+def test_only_the_turns_of_the_assistant_are_learned_in_real_conversations(data_dir, stories, jsonl, template, request):
     tasks = self_instruct(data_dir)
     talks = [
-        [{"role": role, "content": text} for task in tasks[i : i + 3] for role, text in (
-            ("user", f"{task['instruction']} {task['input']}"), ("assistant", task["output"].strip()))]
+        [
+            {"role": role, "content": text}
+            for task in tasks[i : i + 3]
+            for role, text in (
+                ("user", f"{task['instruction']} {task['input']}"),
+                ("assistant", task["output"].strip()),
+            )
+        ]
         for i in range(0, 60, 3)
     ]
     path = jsonl("chat.jsonl", [{"messages": talk} for talk in talks])
@@ -147,7 +152,7 @@ def test_a_batch_is_filled_up_and_grouped_by_length(byte_tokenizer, jsonl):
         filler += int((~real).sum())
     assert filler < 80
     lengths = [batch["attention_mask"].sum(1).tolist() for batch in batches]
-    assert sorted(sum(lengths, [])) == sorted(4 + number % 40 for number in range(80))
+    assert sorted(chain(*lengths)) == sorted(4 + number % 40 for number in range(80))
 
 
 def test_the_split_is_a_function_of_the_seed(byte_tokenizer, jsonl):

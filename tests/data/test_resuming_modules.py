@@ -175,7 +175,9 @@ def test_a_streamed_run_goes_on_in_the_trainer(tmp_path, byte_tokenizer, jsonl, 
 
     def fit(ckpt_path=None, callbacks=()):
         data = InstructionDataModule(byte_tokenizer, path, path, streaming=True, shuffle_buffer=6, batch_size=3)
-        trainer = make_trainer(tmp_path, max_epochs=3, limit_train_batches=limit, enable_checkpointing=False, callbacks=list(callbacks))
+        trainer = make_trainer(
+            tmp_path, max_epochs=3, limit_train_batches=limit, enable_checkpointing=False, callbacks=list(callbacks)
+        )
         module = Recorder()
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return module.seen
