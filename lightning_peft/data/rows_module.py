@@ -26,7 +26,7 @@ from lightning_peft.data.collating import WithAdapters
 from lightning_peft.data.examples import Example, Examples, NamedExamples
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.data.selection import select_rows
-from lightning_peft.data.sources import Row, read_rows
+from lightning_peft.data.sources import FORMATS, Row, read_rows
 from lightning_peft.data.streaming import StreamingDataLoader
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number, is_whole
@@ -372,4 +372,4 @@ class RowsDataModule(LightningDataModule):
 
 
 def _stem(source: str) -> str:
-    return Path(source.partition(":")[0]).stem
+    return Path(source if Path(source).suffix in FORMATS else source.partition(":")[0]).stem

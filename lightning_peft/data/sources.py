@@ -27,6 +27,7 @@ from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 
 FORMATS = (".jsonl", ".csv", ".parquet", ".txt")
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +216,21 @@ def _data_set(source: str, split: str, streaming: bool, options: dict[str, Any])
     name, _, named = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=named or split, streaming=streaming, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
             f"{source!r} is neither a file nor a data set that datasets.load_dataset can read with split={named or split!r}; "
             f"it says: {error}"
         ) from error
     label = f"{name}:{named or split}"
-    for number, values in enumerate(rows, start=1):
+    for number, values in enumerate(_unshared(rows) if streaming else rows, start=1):
         yield Row(values, label, number)
+
+
+def _unshared(rows: Any) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a streamed data set.
+
+    Iterating over it would share its files out among the workers of a loader, which share out rows here.
+    """
+    for batch in rows.iter(batch_size=_ROWS_AT_ONCE):
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))

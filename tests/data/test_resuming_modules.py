@@ -112,6 +112,24 @@ def test_a_stream_reads_every_row_once(data_dir, stories):
     assert rows(streaming=True, shuffle=False) == rows(shuffle=False)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_workers_share_the_rows_of_a_streamed_folder_of_files(byte_tokenizer, jsonl, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    for part in range(3):
+        jsonl(f"set/train-{part}.jsonl", [{"prompt": "p", "completion": chr(97 + part * 7 + i)} for i in range(7)])
+    data = InstructionDataModule(
+        byte_tokenizer,
+        str(tmp_path / "set"),
+        streaming=True,
+        num_workers=2,
+        load_options={"cache_dir": str(tmp_path / "cache")},
+    )
+    data.setup("fit")
+    seen = [chr(row[2]) for batch in data.train_dataloader() for row in batch["input_ids"].tolist()]
+    assert sorted(seen) == [chr(97 + number) for number in range(21)]
+
+
 def test_bad_rows_of_a_stream_are_counted_once_whoever_reads_them(byte_tokenizer, jsonl):
     rows = [{"prompt": "p", "completion": str(number)} for number in range(20)]
     path = jsonl("a.jsonl", [*rows[:9], "{broken", {"prompt": "p", "completion": ""}, *rows[9:], "{broken"])
