@@ -107,3 +107,17 @@ def test_folders_and_arguments_are_checked(folder, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             ImageFolderDataModule(str(folder), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_images_resume_with_workers(folder):
+    data = set_up(str(folder), batch_size=2, shuffle=True)
+    expected = [batch["pixel_values"] for batch in data.train_dataloader()]
+    data.num_workers = 2
+    loader = data.train_dataloader()
+    next(iter(loader))
+    again = data.train_dataloader()
+    again.load_state_dict(loader.state_dict())
+    rest = [batch["pixel_values"] for batch in again]
+    assert len(rest) == 3
+    assert all(torch.equal(one, other) for one, other in zip(rest, expected[1:], strict=True))
