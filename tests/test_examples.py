@@ -23,6 +23,7 @@ def working_directory(tmp_path, monkeypatch):
 
 def test_there_are_configurations():
     assert {file.name for file in CONFIGS.iterdir()} >= {
+        "classification.yaml",
         "continued_pretraining.yaml",
         "hub_llama.yaml",
         "instructions.yaml",
