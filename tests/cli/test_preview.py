@@ -59,14 +59,6 @@ def test_colour_can_be_forced_and_other_sets_shown(configuration, capsys):
     assert "[[" not in out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--set", "vali"], "there is no set 'vali'; did you mean 'valid'"),
-        (["--rows", "0"], "preview shows at least one row, got rows=0"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:of the rows of")
-def test_what_is_not_there_is_refused(configuration, capsys, words, message):
-    assert main(["preview", "--config", configuration(), *words]) == 2
-    assert message in capsys.readouterr().err
+def test_no_rows_are_refused(configuration, capsys):
+    assert main(["preview", "--config", configuration(), "--rows", "0"]) == 2
+    assert "preview shows at least one row, got rows=0" in capsys.readouterr().err

@@ -130,6 +130,8 @@ def test_prompt_and_completion_and_each_row_by_its_fields(byte_tokenizer, jsonl,
     data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), chat_template=chatml)
     assert rows_of(data)[0] == ([256, *b"2+2=4", 257], [-100] * 5 + [ord("4"), 257])
     assert [predicted(data, number) for number in range(3)] == [["4</s>"], ["4!</s>"], ["Lily.<|im_end|>\n"]]
+    with pytest.raises(ConfigError, match=r"there is no set 'trian'; did you mean 'train'\? The sets are: train"):
+        data.first("trian", 1)
     bare = set_up(byte_tokenizer, jsonl("b.jsonl", rows[:1]), add_bos=False, add_eos=False)
     assert rows_of(bare) == [([*b"2+2=4"], [-100] * 4 + [ord("4")])]
 

@@ -1,6 +1,6 @@
 """Every data module is made from YAML as the command line makes it, and gives batches of real rows.
 
-Those for text and for instructions are in examples/configs, which are run.
+Those for text, instructions and classification are in examples/configs, which are run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from lightning_peft import PEFTCLI, RowsDataModule
 from lightning_peft import data as data_package
 
 FILES = {
-    "ClassificationDataModule": {"train": "cls/sentence_polarity_train.jsonl", "labels": ["negative", "positive"]},
     "MultipleChoiceDataModule": {"train": "mc/arc_challenge_test.jsonl", "num_choices": 4},
     "Seq2SeqDataModule": {"train": "math/svamp.jsonl", "source": "{Body} {Question}", "target": "{Equation}"},
     "TokenClassificationDataModule": {},
@@ -26,7 +25,8 @@ def test_every_data_module_is_tried():
     modules = {
         name for name, kind in vars(data_package).items() if isinstance(kind, type) and issubclass(kind, RowsDataModule)
     }
-    assert modules == {*FILES, "RowsDataModule", "TextDataModule", "InstructionDataModule"}
+    run = {"TextDataModule", "InstructionDataModule", "ClassificationDataModule"}
+    assert modules == {*FILES, *run, "RowsDataModule"}
     assert modules <= set(lightning_peft.__all__)
 
 
