@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.field_checks import is_whole
-
-if TYPE_CHECKING:
-    from rich.text import Text
 
 PREDICTED, READ = "bold green", "dim"
 """How rich writes what the model learns to predict, and what it reads."""
@@ -52,7 +49,8 @@ def preview(
         console.print(_text(pieces, marked), soft_wrap=True)
 
 
-def _text(pieces: list[tuple[str, bool]], marked: bool) -> Text:
+def _text(pieces: list[tuple[str, bool]], marked: bool) -> Any:
+    # Not typed as rich's Text: for --help, what this file imports for types is imported.
     from rich.text import Text
 
     text = Text()
