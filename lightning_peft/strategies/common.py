@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.moe.balance import balanced_over
+from lightning_peft.strategies.clipping import clip_gradients_by_norm
 from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.launching import ForkedLauncher
 
@@ -28,6 +29,15 @@ class AdaptedStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
         super().setup_environment()
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        """Have the Trainer's clipping by norm be that of every layout."""
+        super().setup_precision_plugin()
+        plugin = self.precision_plugin
+        vars(plugin)["clip_grad_by_norm"] = lambda optimizer, clip_val: clip_gradients_by_norm(
+            plugin.main_params(optimizer), clip_val
+        )
 
     @override
     def on_exception(self, exception: BaseException) -> None:
