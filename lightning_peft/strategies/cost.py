@@ -46,7 +46,7 @@ class Tensors:
     reduce_bytes: float | None = None
     """Bytes of an element of its gradient when it is reduced; as stored if None."""
     role: Literal["frozen", "trained", "buffer", "constant"] = "frozen"
-    """A buffer is whole in each process and sent out by DDP in each step; a constant, such as the scales of a packed weight, only whole."""
+    """A buffer is whole in each process and sent out in each step; a constant, such as the scales of a packed weight, only whole."""
     unit: int | None = None
     """Which unit of FSDP2 it belongs to; None for the one around all others: embeddings, head, last norm."""
 
@@ -191,9 +191,13 @@ def step_cost(
         ahead = max(1, prefetch)  # FSDP2 by itself gathers the next unit while one runs
         cost = _sharded(held, *groups, passes=2 if reshard_after_forward else 1, together=1 + ahead)
     sharing = 1 if strategy == "peft_ddp" else processes // replicate
+    buffers = sum(one.stored() for one in held if one.role == "buffer") * (processes > 1)
     trained = [one for one in held if one.role == "trained"]
     return replace(
         cost,
+        broadcast_bytes=buffers,
+        collectives=cost.collectives + bool(buffers),
+        seconds=cost.seconds + _Group(processes, 1, per_node, links).seconds(buffers, 1),
         weight_bytes=sum(one.stored(sharing if one.role in ("frozen", "trained") else 1) for one in held),
         gradient_bytes=sum(one.stored(sharing) for one in trained),
         optimizer_bytes=sum(one.elements(sharing) / sharing for one in trained) * optimizer_bytes,
@@ -201,17 +205,15 @@ def step_cost(
 
 
 def _replicated(held: list[Tensors], group: _Group) -> Cost:
-    """Return what DDP sends: gradients in buckets, which it also keeps, and buffers."""
+    """Return what DDP sends: gradients in buckets, which it also keeps."""
     gradients = sum(one.reduced(1) for one in held if one.role == "trained")
-    buffers = sum(one.stored() for one in held if one.role == "buffer")
     if group.size == 1:
         return Cost()
     buckets, sent = math.ceil(gradients / DDP_BUCKET), 2 * gradients * group.part()
     return Cost(
         reduced_bytes=sent,
-        broadcast_bytes=buffers,
-        collectives=buckets + bool(buffers),
-        seconds=group.seconds(sent, 2 * buckets) + group.seconds(buffers, 1),
+        collectives=buckets,
+        seconds=group.seconds(sent, 2 * buckets),
         working_bytes=gradients,
     )
 
@@ -313,6 +315,7 @@ def tensors_of(model: Any, *, gather_bytes: float | None = None, reduce_bytes: f
         gather_bytes: of an element of a floating-point weight when it is gathered, as ``gather_dtype`` has it; as stored if None.
         reduce_bytes: of an element of a gradient when it is reduced, as ``reduce_dtype`` has it; as stored if None.
     """
+    from lightning_peft.strategies.buffers import moving_buffers
     from lightning_peft.strategies.sharding import blocks_of
 
     owner: dict[int, int] = {}
@@ -328,7 +331,8 @@ def tensors_of(model: Any, *, gather_bytes: float | None = None, reduce_bytes: f
         for state in (packing, getattr(packing, "state2", None)):
             scales = [getattr(state, name, None) for name in ("absmax", "code", "offset")]
             found += [_described(scale, role="constant") for scale in scales if scale is not None]
-    return found + [_described(tensor, role="buffer") for tensor in model.buffers()]
+    moving = set(map(id, moving_buffers(model)))
+    return found + [_described(one, role="buffer" if id(one) in moving else "constant") for one in model.buffers()]
 
 
 def _described(tensor: Any, **more: Any) -> Tensors:

@@ -181,10 +181,10 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         return arguments
 
     @contextlib.contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Let gradients stay with their process, as in all but the last batch of an accumulation."""
         module: Any = self.lightning_module
-        with _FSDPNoSync(module, enabled=True):
+        with super().block_backward_sync(), _FSDPNoSync(module, enabled=True):
             yield
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ def test_ddp_sends_gradients_of_what_is_trained_and_nothing_of_the_base():
     assert cost.memory_bytes == cost.weight_bytes + 16 * 64 * (4 + 4 + 8)  # gradients, their buckets, optimizer
 
 
-def test_ddp_sends_buffers_in_every_step_and_holds_constants():
+def test_buffers_are_sent_in_every_step_and_constants_are_held():
     held = [Tensors(rows=10, bytes_per_element=4, role="buffer"), Tensors(rows=7, bytes_per_element=1, role="constant")]
     cost = step_cost([BASE, A, *held], processes=4, strategy="peft_ddp")
     assert cost.broadcast_bytes == 40
     sharded = step_cost([BASE, A, *held], processes=4)
-    assert sharded.broadcast_bytes == 0
+    assert sharded.broadcast_bytes == 40
+    assert step_cost([BASE, A, *held], processes=1).broadcast_bytes == 0
     assert sharded.weight_bytes == (1024 * 64 * 2 + 16 * 64 * 4) / 4 + 47
 
 
