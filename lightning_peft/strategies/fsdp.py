@@ -28,7 +28,7 @@ from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.common import AdaptedStrategy
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
-from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.sharding import along, bring_scales, checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -170,6 +170,7 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         arguments: dict[str, Any] = {
             "mesh": mesh if self.replicate > 1 else mesh["shard"],
             "reshard_after_forward": self.reshard_after_forward,
+            "shard_placement_fn": along(mesh["shard"].size()),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         gather = None if self.gather_dtype is None else _DTYPES[self.gather_dtype]

@@ -152,3 +152,33 @@ def test_a_broken_folder_is_named(tmp_path):
 def test_another_adapter_is_refused_by_name(run, saved):
     with pytest.raises(Exception, match="rank|shape|Missing|checkpoint"):
         run("fsdp", method=LoRA(rank=2), resume=str(saved(run, "single")), lr=1e-3)
+
+
+class Placed(Callback):
+    """Writes by which dimension each trained tensor is cut, and the elements that this process has."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, module):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        found = {name: (p.placements[-1].dim, p.to_local().numel() / p.numel()) for name, p in trained.items()}
+        if trainer.global_rank == trainer.world_size - 1:
+            torch.save(found, self.path)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp folder"])
+def test_few_rows_are_cut_by_columns_and_go_on_in_other_layouts(run, tmp_path, kind):
+    """Of rank 2 among four processes: by rows, half of them would have nothing."""
+    fields = {"method": LoRA(rank=2, init="gaussian"), "lr": 1e-3}
+    alone = run("ddp", steps=4, **fields)
+    strategy = PEFTFSDPStrategy(start_method="fork", save_distributed_checkpoint=kind == "fsdp folder")
+    run(strategy, devices=4, steps=2, save=tmp_path / "few", callbacks=[Placed(tmp_path / "placed")], **fields)
+    placed = torch.load(tmp_path / "placed")
+    assert {name.rpartition(".")[2]: dim for name, (dim, _) in placed.items()} == {"lora_A": 1, "lora_B": 1}
+    assert {part for _, part in placed.values()} == {0.25}
+    path = tmp_path / "few" / "step=2.ckpt"
+    for after in ("ddp", "single", PEFTFSDPStrategy(start_method="fork", replicate=2)):
+        devices = 4 if isinstance(after, PEFTFSDPStrategy) else None
+        resumed = run(after, devices=devices, steps=4, resume=str(path), **fields)
+        assert relative(resumed.losses, alone.losses[2:]) <= 1e-6
