@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 from lightning_peft import LoRA, PEFTModule
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama
@@ -152,6 +152,41 @@ def test_a_broken_folder_is_named(tmp_path):
 def test_another_adapter_is_refused_by_name(run, saved):
     with pytest.raises(Exception, match="rank|shape|Missing|checkpoint"):
         run("fsdp", method=LoRA(rank=2), resume=str(saved(run, "single")), lr=1e-3)
+
+
+class Midst(Callback):
+    """Saves after one batch of the second window of three."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 4:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp folder", "fsdp"), ("half", "half")]
+)
+def test_a_window_goes_on_in_its_midst(run, tmp_path, before, after):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9, "method": LoRA(rank=4, dropout=0.2)}
+
+    def chosen(kind):
+        return PEFTFSDPStrategy(start_method="fork", gather_dtype="bf16") if kind == "half" else kind
+
+    alone = run(chosen(before), callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    resumed = run(chosen(after), resume=str(tmp_path / "midst.ckpt"), **fields)
+    assert resumed.losses == alone.losses[5:]
+    for key, value in alone.state.items():
+        assert torch.equal(resumed.state[key], value), key
+
+
+def test_a_window_of_another_number_of_processes_starts_anew_with_a_warning(run, tmp_path):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9}
+    run("fsdp", callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    with pytest.warns(LightningPEFTWarning, match="gathered gradients of 2 processes and this run has 1"):
+        run("single", resume=str(tmp_path / "midst.ckpt"), **fields)
 
 
 class Placed(Callback):
