@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
+from lightning_peft.strategies.adapted import AdaptedStrategy
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.common import AdaptedStrategy
 
 _SENDS_BUFFERS = next(  # the older name, which torch 2.13 deprecates
     name
