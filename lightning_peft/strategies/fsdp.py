@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,6 @@ from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -21,21 +21,21 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import CheckpointMismatchError, ConfigError
 from lightning_peft.half_precision import keeping_adapters
-from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
+from lightning_peft.strategies.adapted import AdaptedStrategy
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
-from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.refusals import refuse_callbacks, refuse_meta, refuse_optimizers
+from lightning_peft.strategies.sharding import along, bring_scales, checkpoint_activations, refuse_unshardable, shard
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class PEFTFSDPStrategy(ModelParallelStrategy):
+class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
     """Shards an adapted model over all processes with FSDP2 (``fully_shard``), blocks of its family as units.
 
     Works for any LightningModule whose models are built in ``configure_model``; one that shards itself there is left as it is. By
@@ -148,7 +148,9 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         assert module is not None
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
+        refuse_callbacks(trainer)
         check_agreement(self, module)
+        refuse_meta(module)
         refuse_unmade(module)
         share_values(self, module)
         refuse_unshardable(module, self._casts())
@@ -158,7 +160,13 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
         read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
+        refuse_meta(module)
         super().setup(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        refuse_optimizers(self.optimizers)
 
     def _casts(self) -> list[torch.dtype]:
         """Return the dtypes that parameters of the run are cast to."""
@@ -172,6 +180,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         arguments: dict[str, Any] = {
             "mesh": mesh if self.replicate > 1 else mesh["shard"],
             "reshard_after_forward": self.reshard_after_forward,
+            "shard_placement_fn": along(mesh["shard"].size()),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         gather = None if self.gather_dtype is None else _DTYPES[self.gather_dtype]
@@ -183,29 +192,11 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         return arguments
 
     @contextlib.contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Let gradients stay with their process, as in all but the last batch of an accumulation."""
         module: Any = self.lightning_module
-        with _FSDPNoSync(module, enabled=True):
+        with super().block_backward_sync(), _FSDPNoSync(module, enabled=True):
             yield
-
-    # -- steps -----------------------------------------------------------------------------------------------------
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
-            end_others(self.launcher)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with balanced_over(self.world_size):
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
-            return super().backward(closure_loss, *args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -239,7 +230,13 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return read_folder(path)
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        try:
+            checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        except UnpicklingError as error:
+            raise CheckpointMismatchError(
+                f"{str(path)!r} holds more than plain values and tensors, and Lightning does not tell strategies that shard of weights_only=False; if you "
+                f"trust the file, name what it holds with torch.serialization.add_safe_globals([...]) in every process ({error})"
+            ) from error
         return checkpoint
 
     @override
