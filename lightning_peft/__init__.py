@@ -125,6 +125,8 @@ if TYPE_CHECKING:
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
+    from lightning_peft.strategies.clipping import clip_gradients_by_norm as clip_gradients_by_norm
+    from lightning_peft.strategies.clipping import gradient_norm as gradient_norm
     from lightning_peft.strategies.cost import communication_cost as communication_cost
     from lightning_peft.strategies.cost import step_cost as step_cost
     from lightning_peft.strategies.cost import tensors_of as tensors_of
@@ -231,6 +233,7 @@ _HOME = {
     "adapters_scaled": "scaling",
     "allocated_ranks": "plugins.adalora",
     "bring_back_adapters": "offloading",
+    "clip_gradients_by_norm": "strategies.clipping",
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",
     "communication_cost": "strategies.cost",
@@ -241,6 +244,7 @@ _HOME = {
     "expert_cost": "strategies.expert_cost",
     "extract_lora": "adapter_tools.conversion",
     "get_registry": "registry",
+    "gradient_norm": "strategies.clipping",
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
     "inject": "surgery",

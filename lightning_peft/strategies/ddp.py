@@ -7,20 +7,15 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.half_precision import keeping_adapters
-from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.agreement import check_agreement
-from lightning_peft.strategies.ending import end_others
-from lightning_peft.strategies.launching import ForkedLauncher
+from lightning_peft.strategies.common import AdaptedStrategy
 
 
-class PEFTDDPStrategy(DDPStrategy):
+class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
     """DDP that holds a whole adapted model in each process and averages the gradients of what is trained.
 
     The processes compare what they are about to train before the first step, ``bf16-true`` does not round adapters, and checkpoints
@@ -45,37 +40,10 @@ class PEFTDDPStrategy(DDPStrategy):
         super().__init__(**kwargs)
 
     @override
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if isinstance(self._launcher, _MultiProcessingLauncher):
-            self._launcher = ForkedLauncher(self, start_method=self._launcher._start_method)
-
-    @override
-    def setup_environment(self) -> None:
-        self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
-        super().setup_environment()
-
-    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         check_agreement(self, self.lightning_module)
         super().setup(trainer)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
-            end_others(self.launcher)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with balanced_over(self.world_size):
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
-            return super().backward(closure_loss, *args, **kwargs)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

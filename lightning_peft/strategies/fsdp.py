@@ -13,7 +13,6 @@ from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -23,11 +22,10 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.half_precision import keeping_adapters
-from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.ending import end_others
+from lightning_peft.strategies.common import AdaptedStrategy
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
 from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
@@ -36,7 +34,7 @@ from lightning_peft.strategies.tensor_parallel import check_batch, mesh_of, shar
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class PEFTFSDPStrategy(ModelParallelStrategy):
+class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
     """Shards an adapted model over all processes with FSDP2 (``fully_shard``), blocks of its family as units.
 
     Works for any LightningModule whose models are built in ``configure_model``; one that shards itself there is left as it is. By
@@ -167,6 +165,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         if self.tensor_parallel > 1:
             share_random_state(self.device_mesh["tensor_parallel"])
             self.split_layers += split(module, self.device_mesh["tensor_parallel"])
+            self._batch_checked = False
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
@@ -202,26 +201,12 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         with _FSDPNoSync(module, enabled=True):
             yield
 
-    # -- steps -----------------------------------------------------------------------------------------------------
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
-            end_others(self.launcher)
-
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.tensor_parallel > 1 and not self._batch_checked:
             check_batch(self.device_mesh["tensor_parallel"], args[0])
             self._batch_checked = True
-        with balanced_over(self.world_size):
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
-            return super().backward(closure_loss, *args, **kwargs)
+        return super().training_step(*args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ class SplitForward:
         for one in self.held:
             parameter: Any = one.owner._parameters[one.name]
             self._before.append((one.owner, one.name, parameter))
-            one.owner._parameters[one.name] = self._local(parameter, one.gradient)  # type: ignore[assignment]
+            one.owner._parameters[one.name] = self._local(parameter, one.gradient)
         return args, kwargs
 
     def _local(self, parameter: Any, gradient: str) -> Tensor:

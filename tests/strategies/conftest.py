@@ -45,6 +45,23 @@ class InTurn(Sampler):
         return self.rows // ((dist.get_world_size() if dist.is_initialized() else self.each) // self.each)
 
 
+class InParts(Sampler):
+    """For one process, a batch at a time the rows that each of so many processes would have of it."""
+
+    def __init__(self, rows, batch, parts):
+        self.rows, self.batch, self.parts = rows, batch, parts
+
+    def __iter__(self):
+        starts = range(0, self.rows, self.batch)
+        return iter([row for start in starts for part in range(self.parts) for row in self.of(start, part)])
+
+    def of(self, start, part):
+        return range(start + part, start + self.batch, self.parts)
+
+    def __len__(self):
+        return self.rows
+
+
 class Losses(Callback):
     """Writes the mean of the losses of all processes for each batch, and the state of the module at the end, whole."""
 
@@ -82,6 +99,7 @@ def run(tmp_path):
     def fit(
         strategy="single",
         *,
+        parts=1,
         method=None,
         model=tiny_llama,
         devices=None,
@@ -116,7 +134,10 @@ def run(tmp_path):
         ]
         each = getattr(chosen, "tensor_parallel", 1)
         order = {"shuffle": True} if shuffle else {"sampler": InTurn(len(data), each)}
-        loader = DataLoader(data, batch_size=rows // (devices // each), **order)
+        if parts > 1:
+            order = {"sampler": InParts(len(data), rows, parts)}
+            trainer_fields["accumulate_grad_batches"] = parts * trainer_fields.get("accumulate_grad_batches", 1)
+        loader = DataLoader(data, batch_size=rows // (devices // each) // parts, **order)
         count[0] += 1
         losses = tmp_path / f"losses{count[0]}.json"
         used = [Losses(losses), *callbacks]
@@ -135,7 +156,10 @@ def run(tmp_path):
             warnings.filterwarnings("ignore", message=".*os.fork.*")
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
             trainer.fit(module, loader, val, ckpt_path=resume)
-        return Run(json.loads(Path(losses).read_text()), torch.load(losses.with_suffix(".pt")), module, trainer)
+        kept = json.loads(Path(losses).read_text())
+        if parts > 1:
+            kept = torch.tensor(kept).view(-1, parts).mean(1).tolist()  # in float32, as processes average
+        return Run(kept, torch.load(losses.with_suffix(".pt")), module, trainer)
 
     return fit
 
