@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.data.documents import hold_out, parse_template, read_documents
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
+from lightning_peft.data_position import place_of
 from lightning_peft.errors import ConfigError, did_you_mean
 
 _DOCUMENTS_AT_ONCE = 512
@@ -134,7 +135,7 @@ class TextDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> ResumableDataLoader:
         rows, trainer = self._named([(name, self._rows[name, True]) for name in self._train]), self.trainer
-        processes, batches = (trainer.world_size, trainer.limit_train_batches) if trainer else (1, None)
+        (rank, processes, _), batches = place_of(trainer), trainer.limit_train_batches if trainer else None
         if isinstance(batches, float):
             batches = int(batches * -(-(len(rows) // processes) // self.batch_size))
         sampler = ResumableSampler(
@@ -142,7 +143,7 @@ class TextDataModule(LightningDataModule):
             seed=self.seed,
             shuffle=self.shuffle,
             num_replicas=processes,
-            rank=trainer.global_rank if trainer else 0,
+            rank=rank,
             limit=None if batches is None else batches * self.batch_size,
         )
         return ResumableDataLoader(rows, sampler=sampler, batch_size=self.batch_size, **self._loading())  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -217,7 +218,6 @@ class _Divided:
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
         self.made: dict[int, nn.Parameter] = {}
-        self.kept: list[nn.Parameter] = []  # so that no other parameter gets the id of one
 
     def attach(
         self, layer: nn.Module, held: list[tuple[Held, int | None]], style: str, entered: Entered | None = None
@@ -225,27 +225,23 @@ class _Divided:
         for one, dim in held:
             parameter = one.owner._parameters[one.name]
             assert parameter is not None
+            if isinstance(parameter, DTensor):  # of a module that stands in two places
+                continue
             if id(parameter) not in self.made:
-                self.kept.append(parameter)
                 self.made[id(parameter)] = self._part(parameter, dim)
             one.owner._parameters[one.name] = self.made[id(parameter)]
         if held or style != "whole":
             SplitForward(self.mesh, [one for one, _ in held], style, entered).attach(layer)
 
     def _part(self, parameter: nn.Parameter, dim: int | None) -> nn.Parameter:
-        local, placement = parameter.detach(), Replicate()
+        local, placements = parameter.detach(), list[Placement]([Replicate()])
         if dim is not None:
             length = parameter.shape[dim] // self.mesh.size()
-            local = local.narrow(dim, self.mesh.get_local_rank() * length, length).clone()
-            placement = Shard(dim)  # type: ignore[assignment]
-        placements: list[Placement] = [placement]
+            local = local.narrow(dim, self.mesh.get_local_rank() * length, length).clone()  # the whole weight is freed
+            placements = [Shard(dim)]
+        stride = torch.empty(parameter.shape, device="meta").stride()
         whole = DTensor.from_local(
-            local.contiguous(),
-            self.mesh,
-            placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.contiguous().stride(),
+            local.contiguous(), self.mesh, placements, run_check=False, shape=parameter.shape, stride=stride
         )
         return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 

@@ -15,6 +15,10 @@ from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama
 
 KINDS = ["single", "ddp", "fsdp", "fsdp folder"]
+SPLIT = [  # over a group that shares each layer
+    ("single", "tensor"), ("tensor", "single"), ("tensor", "fsdp"), ("ddp", "tensor folder"), ("tensor folder", "tensor"),
+    ("tensor", "tensor"),
+]  # fmt: skip
 STEPS = 6
 
 
@@ -50,14 +54,14 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(KINDS, KINDS), *SPLIT])
 def test_any_strategy_goes_on_from_any_other(run, saved, whole, before, after):
     path = saved(run, before)
-    assert path.is_dir() == (before == "fsdp folder")
+    assert path.is_dir() == before.endswith("folder")
     resumed = run(after, steps=STEPS, resume=str(path), lr=1e-3)
     alone = whole(run, after)
     losses = alone.losses[STEPS // 2 :]
-    if after == before or {before, after} <= {"fsdp", "fsdp folder", "ddp"}:
+    if any({before, after} <= alike for alike in ({"single"}, {"fsdp", "fsdp folder", "ddp"}, {"tensor", "tensor folder"})):
         assert resumed.losses == losses
         assert resumed.state
         assert resumed.state.keys() == alone.state.keys()
