@@ -107,18 +107,37 @@ class SplitForward:
     """
 
     def __init__(self, mesh: Any, held: Sequence[Held], style: str, entered: Entered | None = None) -> None:
+        self.mesh = mesh
         self.group: dist.ProcessGroup = mesh.get_group()
         self.first = mesh.get_local_rank() == 0
         self.held, self.style, self.entered = held, style, entered
         self._before: list[tuple[nn.Module, str, Any]] = []
+        self._lent: SplitForward | None = None
 
     def attach(self, layer: nn.Module) -> None:
-        """Have ``layer`` run so."""
-        layer.register_forward_pre_hook(self.before, with_kwargs=True)
-        layer.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        """Have ``layer`` run so, and what it wraps for as long as its adapters are taken out."""
+        self._hooks = [
+            layer.register_forward_pre_hook(self.before, with_kwargs=True),
+            layer.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        ]
+        if isinstance(layer, AdapterLayer):
+            layer.hand_over = self.hand_over
+
+    def hand_over(self, base: nn.Module) -> None:
+        """Have ``base`` run as the layer did that wrapped it."""
+        held = [one for one in self.held if one.owner is base]
+        if (held or self.style != "whole") and self._lent is None:
+            self._lent = SplitForward(self.mesh, held, self.style, self.entered)
+            self._lent.attach(base)
+
+    def _take_back(self) -> None:
+        for hook in self._lent._hooks if self._lent is not None else ():
+            hook.remove()
+        self._lent = None
 
     def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Show the layer its parts as plain tensors, and let its input in."""
+        self._take_back()
         if self.style != "whole":
             if isinstance(layer, AdapterLayer) and layer._rows is not None:
                 raise ConfigError(

@@ -125,6 +125,8 @@ def check_splittable(model: nn.Module, regions: Mapping[str, Mapping[str, str]],
                 )
             for name, adapter in place.adapters.items():
                 assert isinstance(adapter, Adapter)
+                if adapter.only_listens and next(adapter.parameters(), None) is None:
+                    continue
                 who = f"adapter {name!r} at {path!r} is {records(model)[name].method!r}"
                 if styles.get(path) not in _SPLIT:
                     raise ConfigError(

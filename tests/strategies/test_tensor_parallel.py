@@ -1,20 +1,22 @@
 """Layers that are split over a group of processes, with adapters split as they are, train what one process trains."""
 
 import json
-import re
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing import ProcessRaisedException
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lightning_peft import (
-    BitFit,
     Bottleneck,
+    CausalLMLoader,
     DoRA,
     FullFineTuning,
     LoRA,
@@ -23,13 +25,17 @@ from lightning_peft import (
     MoEUpcycling,
     NormTuning,
     PEFTFSDPStrategy,
+    PEFTMixin,
     PEFTModule,
     PiSSA,
     QLoRA,
-    load_adapter,
+    inject,
+    set_active_adapters,
 )
+from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.errors import ConfigError
-from lightning_peft.strategies.tensor_parallel import plan_of, split_regions
+from lightning_peft.out_of_core.tensor_files import Entry
+from lightning_peft.strategies.tensor_parallel import check_splittable, plan_of, split_regions
 from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
 
 LORA = LoRA(rank=4, init="gaussian")
@@ -41,13 +47,6 @@ def tensor(**fields):
 
 def relative(one, other):
     return max(abs(a - b) / abs(b) for a, b in zip(one, other, strict=True))
-
-
-def close(one, other, rtol=1e-4, atol=1e-6):
-    assert one.state.keys() == other.state.keys()
-    assert one.state
-    for key, value in other.state.items():
-        torch.testing.assert_close(one.state[key], value, rtol=rtol, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def biased():
@@ -64,22 +63,19 @@ def with_biases(model):
 
 SETTINGS = {
     "plain": {},
-    "clipped": {"gradient_clip_val": 1e-2},
-    "accumulated": {"accumulate_grad_batches": 2, "batches": 12, "steps": 6},
+    "accumulated": {"accumulate_grad_batches": 2, "batches": 12, "gradient_clip_val": 1e-2},
     "dropout": {"method": LoRA(rank=4, dropout=0.3, init="gaussian")},
-    "plus": {"method": LoRAPlus(rank=4, init="gaussian", lr_ratio=4.0)},
-    "biases": {"model": biased},
+    "biases": {"model": biased, "method": LoRAPlus(rank=4, init="gaussian", lr_ratio=4.0)},
     "bf16": {"precision": "bf16-mixed"},
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_two_processes_that_share_a_model_train_what_one_trains(run, setting):
-    fields = {"method": LORA, "lr": 1e-3, "steps": 6, "optimizer": "sgd", **SETTINGS[setting]}
-    fields.pop("optimizer")
+    fields = {"method": LORA, "lr": 1e-3, "steps": 6, **SETTINGS[setting]}
     one, two = run("single", **fields), run("tensor", **fields)
-    print(setting, relative(two.losses, one.losses))
-    assert relative(two.losses, one.losses) <= (5e-5 if setting == "bf16" else 1e-6)
+    # In bfloat16 the parts of a sum over inputs are rounded before they are added.
+    assert relative(two.losses, one.losses) <= (2e-4 if setting == "bf16" else 1e-6)
     assert len(set(one.losses)) >= 6
 
 
@@ -105,30 +101,24 @@ class Gradients(Callback):
 
 
 LAYOUTS = {
-    "2 together": (2, {}),
-    "2 x 2": (4, {}),
-    "2 x 2, one unit": (4, {"units": []}),
-    "2 x 2, each layer": (4, {"units": ["re:.*_proj"]}),
-    "2 x 2, kept": (4, {"reshard_after_forward": False}),
-    "2 x 2, checkpointed": (4, {"activation_checkpointing": True}),
-    "2 replicas x 2": (4, {"replicate": 2}),
+    "2": (2, {}, {}),
+    "2 x 2": (4, {}, {}),
+    "2 x 2 by layers": (4, {"units": ["re:.*_proj"], "activation_checkpointing": True}, {}),
+    "2 replicas x 2": (4, {"replicate": 2, "reshard_after_forward": False}, {}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_one_process(run, tmp_path, layout):
-    devices, options = LAYOUTS[layout]
-    fields = {"steps": 2, "method": LORA, "lr": 1e-3, "gradient_clip_val": 0.05}
+    devices, options, more = LAYOUTS[layout]
+    fields = {"steps": 2, "method": LORA, "lr": 1e-3, "gradient_clip_val": 0.05, **more}
     one = run("single", callbacks=[Gradients(tmp_path / "one.pt")], **fields)
-    strategy = tensor(**options)
-    two = run(strategy, devices=devices, callbacks=[Gradients(tmp_path / "two.pt")], **fields)
+    two = run(tensor(**options), devices=devices, callbacks=[Gradients(tmp_path / "two.pt")], **fields)
     assert relative(two.losses, one.losses) <= 1e-6
     (expected, whole), (found, parts) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
-    assert found.keys() == expected.keys()
+    same(found, expected)
     assert len(found) == 28
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
     data = 2 if devices == 4 and "replicas" not in layout else 1
     assert parts["k_proj"] == [whole["k_proj"][0] // 2 // data, 64]
     for name, shape in parts.items():
@@ -136,3 +126,213 @@ def test_gradients_are_those_of_one_process(run, tmp_path, layout):
             rank, width = whole[name]
             split = ("lora_B" in name) != ("o_proj" in name or "down_proj" in name)
             assert shape == [rank // data, width // 2 if split else width], name
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert expected
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
+        assert value.any() or "lora_A" in name or "embedding_B" in name  # B starts at zero
+
+
+class Beside(PEFTMixin, LightningModule):
+    """Beside adapters of split layers: an adapted embedding, norms before the split layers, and norms of heads, which each process has some of."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = None
+
+    def configure_model(self):
+        if self.model is None:
+            sizes = {
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 1,
+                "head_dim": 8,
+            }
+            torch.manual_seed(0)
+            self.model = Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **sizes)).train()
+            inject(self.model, LORA, ["query", "down", "embedding"])
+            inject(self.model, NormTuning(), ["re:.*layernorm"], name="norms")
+            set_active_adapters(self.model, ["default", "norms"])
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or "q_norm" in name or "k_norm" in name)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def test_what_is_trained_beside_split_layers_is_trained_too(run, tmp_path):
+    fields = {"steps": 3, "gradient_clip_val": 0.05}
+    one = run("single", module=Beside(), callbacks=[Gradients(tmp_path / "one.pt")], **fields)
+    two = run("tensor", module=Beside(), callbacks=[Gradients(tmp_path / "two.pt")], **fields)
+    assert relative(two.losses, one.losses) <= 1e-6
+    (expected, _), (found, _) = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    same(found, expected)
+    assert len(found) == 2 * 2 + 2 + 2 + 2
+
+
+def test_tokens_count_as_in_one_process(run):
+    """Of two parts of the data, each for two processes, with very different numbers of tokens."""
+    rows = [{"input_ids": row, "labels": row.clone()} for row in token_batch(seed=3, rows=16)["input_ids"]]
+    for number, row in enumerate(rows):
+        row["labels"][: 12 if number % 2 else 2] = -100
+
+    def module(weighting):
+        sgd = partial(torch.optim.SGD, lr=0.5)
+        return PEFTModule(tiny_llama(), LORA, optimizer=sgd, loss_weighting=weighting)
+
+    one = run("single", module=module("batches"), steps=2, data=rows)
+    four = run(tensor(), devices=4, module=module("tokens"), steps=2, data=rows)
+    same(
+        {k: v for k, v in four.state.items() if "lora_A" not in k},
+        {k: v for k, v in one.state.items() if "lora_A" not in k},
+    )
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_folder_is_that_of_one_process(run, tmp_path):
+    for kind in ("single", "tensor"):
+        run(kind, method=LORA, steps=2, lr=1e-3, save=tmp_path / kind, callbacks=[MergeAdapters()])
+    folders = [
+        next(folder for folder in sorted((tmp_path / kind).iterdir()) if folder.is_dir())
+        for kind in ("single", "tensor")
+    ]
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
+
+
+class Parts(Callback):
+    """Notes what each process reads of the base, and holds of it."""
+
+    def __init__(self, folder):
+        self.folder, self.pieces = folder, []
+
+    def setup(self, trainer, module, stage):  # before configure_model
+        self.original = Entry._piece
+
+        def piece(entry, shape, offset, size):
+            found = self.original(entry, shape, offset, size)
+            self.pieces.append(found.numel())
+            return found
+
+        Entry._piece = piece
+
+    def on_fit_start(self, trainer, module):
+        Entry._piece = self.original
+        base = [p for _, place in base_modules(module.model) for p in unwrapped(place).parameters(recurse=False)]
+        noted = {"read": sum(self.pieces), "held": sum(p.to_local().numel() for p in base)}
+        (self.folder / f"{dist.get_rank()}.json").write_text(json.dumps(noted))
+
+
+def test_each_process_reads_its_part_of_the_base(run, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    losses = []
+    for parts in (True, False):
+        module = PEFTModule(
+            CausalLMLoader(path=str(tmp_path / "base")), LORA, optimizer=partial(torch.optim.AdamW, lr=1e-3)
+        )
+        watch = [Parts(tmp_path)] if parts else []
+        losses.append(run(tensor(read_weights=parts), devices=4, module=module, steps=2, callbacks=watch).losses)
+    assert losses[0] == losses[1]
+    model = tiny_llama()
+    layers = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    rest = sum(p.numel() for p in model.parameters()) - layers
+    # A row of o_proj and down_proj is read whole, and half of it kept.
+    for rank in range(4):
+        noted = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert noted["held"] == layers // 4 + rest // 2
+        assert noted["held"] < noted["read"] <= noted["held"] + 2 * (64 * 64 + 64 * 128) // 4
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def adapted(method, targets=None, **config):
+    model = tiny_llama(**config)
+    inject(model, method, targets)
+    return model
+
+
+def mixtral():
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    )  # fmt: skip
+
+
+def test_the_plan_comes_from_the_configuration():
+    regions = split_regions(adapted(LORA))
+    assert list(regions) == [f"model.layers.{n}.{part}" for part in ("self_attn", "mlp") for n in (0, 1)]
+    names = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    assert regions["model.layers.1.mlp"] == {f"model.layers.1.mlp.{name}": style for name, style in names.items()}
+    assert list(split_regions(mixtral())) == ["model.layers.0.self_attn"]  # fused experts stay whole
+    assert plan_of(tiny_gpt2()) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "message"),
+    [
+        (lambda: adapted(LORA), 4, "tensor_parallel=4 .*'model.layers.0.self_attn'.*num_attention_heads=4 and num_key_value_heads=2"),
+        (lambda: adapted(LORA, intermediate_size=130), 4, "num_key_value_heads=2"),
+        (lambda: adapted(LORA, intermediate_size=129), 2, "does not divide the 129 outputs of 'model.layers.0.mlp.gate_proj'"),
+        (lambda: adapted(DoRA(rank=2)), 2, r"q_proj' is DoRA\(.*does not say how its tensors are split with a colwise layer"),
+        (lambda: adapted(PiSSA(rank=2), "down"), 2, r"down_proj' is PiSSA\(.*with a rowwise layer"),
+        (lambda: adapted(FullFineTuning(), "value"), 2, r"v_proj' is FullFineTuning\("),
+        (lambda: adapted(Bottleneck()), 2, r"o_proj' is Bottleneck\(.*does not say how its tensors are split with a rowwise layer"),
+        (lambda: adapted(MoEUpcycling(experts=2)), 2, r"is MoEUpcycling\(.*acts within 'model.layers.0.mlp'"),
+        (lambda: adapted(QLoRA(rank=2)), 2, "is quantised .*packed weights are not split"),
+        (lambda: adapted(LoRA(rank=2, bias="lora_only"), attention_bias=True), 2, "use LoRA without trained biases"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_split_is_named(model, count, message):
+    made = model()
+    with pytest.raises(ConfigError, match=message):
+        check_splittable(made, split_regions(made), count, 0)
+
+
+def test_a_model_without_a_plan_is_refused():
+    model = tiny_gpt2()
+    inject(model, LORA)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel it has no such plan.*Use tensor_parallel=1"):
+        split_regions(model)
+
+
+class AsIfAlone(Sampler):
+    """Deals rows out to all processes, as if none shared a model."""
+
+    def __iter__(self):
+        return iter(range(dist.get_rank(), 16, dist.get_world_size()))
+
+    def __len__(self):
+        return 8
+
+
+def test_different_batches_in_a_group_are_refused(forked):
+    rows = [{"input_ids": row, "labels": row} for row in token_batch(rows=16)["input_ids"]]
+    module = PEFTModule(tiny_llama(), LORA)
+    with pytest.raises(
+        ProcessRaisedException,
+        match="(?s)ConfigError: the 2 processes of a tensor_parallel group got different batches",
+    ):
+        forked(tensor(), max_steps=1, use_distributed_sampler=False).fit(
+            module, DataLoader(rows, batch_size=2, sampler=AsIfAlone())
+        )
+
+
+def test_groups_that_do_not_divide_the_processes_are_refused(run):
+    with pytest.raises(
+        ProcessRaisedException, match="ConfigError: replicate=2 times tensor_parallel=2 does not divide the 2 processes"
+    ):
+        run(tensor(replicate=2))
+    with pytest.raises(ConfigError, match="tensor_parallel at least 1.*tensor_parallel=0"):
+        PEFTFSDPStrategy(tensor_parallel=0)
