@@ -147,9 +147,9 @@ class SplitForward:
                 assert self.entered is not None
                 args, kwargs = _with_first(args, kwargs, lambda x: self.entered(x, self.group))  # type: ignore[misc]
         for one in self.held:
-            parameter: Any = one.owner._parameters[one.name]
-            self._before.append((one.owner, one.name, parameter))
-            one.owner._parameters[one.name] = self._local(parameter, one.gradient)
+            owned: dict[str, Any] = one.owner._parameters
+            self._before.append((one.owner, one.name, owned[one.name]))
+            owned[one.name] = self._local(owned[one.name], one.gradient)
         return args, kwargs
 
     def _local(self, parameter: Any, gradient: str) -> Tensor:
