@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from lightning_peft.strategies.cost import check_counts
 
 
-def split_bytes(
+def tensor_parallel_bytes(
     *,
     tokens: int,
     hidden: int,
@@ -48,7 +48,7 @@ def split_bytes(
         ConfigError: a number is not positive.
 
     Example:
-        >>> f"{split_bytes(tokens=8192, hidden=4096, layers=32, tensor_parallel=8) / 1e9:.1f} GB"
+        >>> f"{tensor_parallel_bytes(tokens=8192, hidden=4096, layers=32, tensor_parallel=8) / 1e9:.1f} GB"
         '14.9 GB'
     """
     check_counts(tokens=tokens, hidden=hidden, layers=layers, tensor_parallel=tensor_parallel, batches=batches)
