@@ -96,7 +96,7 @@ class ExactResume(_Host):
             return
         self._warn(
             f"this checkpoint is saved after {gathered} of {self.trainer.accumulate_grad_batches} batches whose gradients are accumulated; "
-            f"{type(self.trainer.strategy).__name__} shards them, so it does not hold them and a run that resumes from it is not exact. Save at "
+            f"{type(self.trainer.strategy).__name__} splits them, so it does not hold them and a run that resumes from it is not exact. Save at "
             "a multiple of accumulate_grad_batches"
         )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_peft.callbacks.durable_io import DurableCheckpointIO
@@ -17,7 +16,7 @@ from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.composition import save_adapters
 from lightning_peft.errors import AdapterNotFoundError
 from lightning_peft.fingerprint import remembered
-from lightning_peft.gathered_gradients import gradients_are_whole
+from lightning_peft.gathered_gradients import tensors_are_whole
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.model_card import CARD, CardFacts
 from lightning_peft.sharded_tensors import whole_adapters
@@ -45,8 +44,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"AdapterCheckpoint needs a PEFTModule, or a LightningModule with PEFTMixin before it in its bases; {type(pl_module).__name__} "
                 "has neither and would write the whole base model into every checkpoint"
             )
-        whole_files = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if whole_files and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        if tensors_are_whole(trainer) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         super().setup(trainer, pl_module, stage)
 
@@ -55,7 +53,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         module = trainer.lightning_module
         assert isinstance(module, PEFTMixin)
-        if gradients_are_whole(trainer):  # as all tensors are
+        if tensors_are_whole(trainer):
             if trainer.is_global_zero:
                 _save_adapters(module, adapter_folder(filepath), _facts(trainer))
             return

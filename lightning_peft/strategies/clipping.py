@@ -99,7 +99,7 @@ def _powers(local: Tensor, power: float) -> Tensor:
     if local.is_sparse:
         local = local.coalesce().values()
     found = [local.new_zeros((), dtype=torch.float64)]
-    for piece in local.flatten().split(_PIECE) if local.numel() else ():
+    for piece in torch.split(local.flatten(), _PIECE) if local.numel() else ():
         magnitudes = piece.double().abs()
         found.append(magnitudes.max() if math.isinf(power) else magnitudes.pow(power).sum())
     return _joined(torch.stack(found), power)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 from lightning.pytorch.strategies import ParallelStrategy
@@ -11,6 +13,7 @@ from typing_extensions import override
 
 from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.moe.balance import balanced_over
+from lightning_peft.strategies.buffers import moving_buffers, share
 from lightning_peft.strategies.clipping import clip_gradients_by_norm
 from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.launching import ForkedLauncher
@@ -18,6 +21,10 @@ from lightning_peft.strategies.launching import ForkedLauncher
 
 class AdaptedStrategy(ParallelStrategy):
     """Stands before a strategy of Lightning: adapters are not rounded, experts are balanced over all processes, and none is left behind."""
+
+    shares_buffers = True
+    """Whether buffers that training may change are those of the first process before each step."""
+    _within_window = False
 
     @override
     def _configure_launcher(self) -> None:
@@ -45,8 +52,22 @@ class AdaptedStrategy(ParallelStrategy):
         if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
             end_others(self.launcher)
 
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Let gradients and buffers stay with their process, as in all but the last batch of a window."""
+        self._within_window = True
+        try:
+            with super().block_backward_sync():
+                yield
+        finally:
+            self._within_window = False
+
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.lightning_module
+        if self.shares_buffers and not self._within_window and self.world_size > 1 and module is not None:
+            share(moving_buffers(module))
         with balanced_over(self.world_size):
             return super().training_step(*args, **kwargs)
 

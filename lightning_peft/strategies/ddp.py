@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
-from lightning_peft.strategies.agreement import check_agreement
+from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.common import AdaptedStrategy
+
+_SENDS_BUFFERS = next(  # the older name, which torch 2.13 deprecates
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
@@ -23,7 +31,8 @@ class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
     parameters is needed.
 
     Args:
-        kwargs: those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``.
+        kwargs: those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``. With ``broadcast_buffers`` DDP sends all buffers
+            or none; without it, the strategy sends those that training may change.
 
     Raises:
         ConfigError: ``find_unused_parameters=True`` was asked for.
@@ -37,12 +46,16 @@ class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
                 "find_unused_parameters=True was asked for, but adapters need it only where a batch chooses them by rows; then take Lightning's "
                 "'ddp_find_unused_parameters_true'"
             )
+        self.shares_buffers = not kwargs.keys() & {"broadcast_buffers", "forward_sync_buffers"}
+        if self.shares_buffers:
+            kwargs[_SENDS_BUFFERS] = False
         super().__init__(**kwargs)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         check_agreement(self, self.lightning_module)
+        share_values(self, self.lightning_module)
         super().setup(trainer)
 
     @override

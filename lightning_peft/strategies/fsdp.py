@@ -28,7 +28,7 @@ from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.common import AdaptedStrategy
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
-from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.sharding import along, bring_scales, checkpoint_activations, refuse_unshardable, shard
 from lightning_peft.strategies.tensor_parallel import check_batch, mesh_of, share_random_state, split
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -184,6 +184,7 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         arguments: dict[str, Any] = {
             "mesh": mesh["replicate", "shard"] if self.replicate > 1 else mesh["shard"],
             "reshard_after_forward": self.reshard_after_forward,
+            "shard_placement_fn": along(mesh["shard"].size()),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         gather = None if self.gather_dtype is None else _DTYPES[self.gather_dtype]
@@ -195,10 +196,10 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         return arguments
 
     @contextlib.contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
-        """Let gradients stay with their process, as in all but the last batch of an accumulation."""
         module: Any = self.lightning_module
-        with _FSDPNoSync(module, enabled=True):
+        with super().block_backward_sync(), _FSDPNoSync(module, enabled=True):
             yield
 
     @override

@@ -13,18 +13,20 @@ the gradients of trained ones only, so a frozen base in bfloat16 beside adapters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.quantized_layers import packed_layers, packing_quantizer
 from lightning_peft.registry import get_registry
+from lightning_peft.strategies.cost import cut_dimension
 from lightning_peft.targets import matches
 
 
@@ -96,6 +98,18 @@ def shard(
         fully_shard(child, **options)
         units.append(name)
     return units
+
+
+def along(processes: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Return what tells FSDP2 by which dimension ``processes`` share a parameter: not by few rows, of which most would have none."""
+
+    def placed(parameter: nn.Parameter) -> Shard | None:
+        if isinstance(parameter, DTensor):  # split already
+            return None
+        dimension = cut_dimension(tuple(parameter.shape), processes)
+        return Shard(dimension) if dimension else None
+
+    return placed
 
 
 def _prefetch(blocks: list[Any], ahead: int) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 from lightning_peft import LoRA, PEFTModule
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama
@@ -156,3 +156,68 @@ def test_a_broken_folder_is_named(tmp_path):
 def test_another_adapter_is_refused_by_name(run, saved):
     with pytest.raises(Exception, match="rank|shape|Missing|checkpoint"):
         run("fsdp", method=LoRA(rank=2), resume=str(saved(run, "single")), lr=1e-3)
+
+
+class Midst(Callback):
+    """Saves after one batch of the second window of three."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 4:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp folder", "fsdp"), ("half", "half")]
+)
+def test_a_window_goes_on_in_its_midst(run, tmp_path, before, after):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9, "method": LoRA(rank=4, dropout=0.2)}
+
+    def chosen(kind):
+        return PEFTFSDPStrategy(start_method="fork", gather_dtype="bf16") if kind == "half" else kind
+
+    alone = run(chosen(before), callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    resumed = run(chosen(after), resume=str(tmp_path / "midst.ckpt"), **fields)
+    assert resumed.losses == alone.losses[5:]
+    for key, value in alone.state.items():
+        assert torch.equal(resumed.state[key], value), key
+
+
+def test_a_window_of_another_number_of_processes_starts_anew_with_a_warning(run, tmp_path):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9}
+    run("fsdp", callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    with pytest.warns(LightningPEFTWarning, match="gathered gradients of 2 processes and this run has 1"):
+        run("single", resume=str(tmp_path / "midst.ckpt"), **fields)
+
+
+class Placed(Callback):
+    """Writes by which dimension each trained tensor is cut, and the elements that this process has."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, module):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        found = {name: (p.placements[-1].dim, p.to_local().numel() / p.numel()) for name, p in trained.items()}
+        if trainer.global_rank == trainer.world_size - 1:
+            torch.save(found, self.path)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp folder"])
+def test_few_rows_are_cut_by_columns_and_go_on_in_other_layouts(run, tmp_path, kind):
+    """Of rank 2 among four processes: by rows, half of them would have nothing."""
+    fields = {"method": LoRA(rank=2, init="gaussian"), "lr": 1e-3}
+    alone = run("ddp", steps=4, **fields)
+    strategy = PEFTFSDPStrategy(start_method="fork", save_distributed_checkpoint=kind == "fsdp folder")
+    run(strategy, devices=4, steps=2, save=tmp_path / "few", callbacks=[Placed(tmp_path / "placed")], **fields)
+    placed = torch.load(tmp_path / "placed")
+    assert {name.rpartition(".")[2]: dim for name, (dim, _) in placed.items()} == {"lora_A": 1, "lora_B": 1}
+    assert {part for _, part in placed.values()} == {0.25}
+    path = tmp_path / "few" / "step=2.ckpt"
+    for after in ("ddp", "single", PEFTFSDPStrategy(start_method="fork", replicate=2)):
+        devices = 4 if isinstance(after, PEFTFSDPStrategy) else None
+        resumed = run(after, devices=devices, steps=4, resume=str(path), **fields)
+        assert relative(resumed.losses, alone.losses[2:]) <= 1e-6
