@@ -132,8 +132,8 @@ if TYPE_CHECKING:
     from lightning_peft.strategies.cost import tensors_of as tensors_of
     from lightning_peft.strategies.ddp import PEFTDDPStrategy as PEFTDDPStrategy
     from lightning_peft.strategies.expert_cost import expert_cost as expert_cost
-    from lightning_peft.strategies.split_cost import tensor_parallel_bytes as tensor_parallel_bytes
     from lightning_peft.strategies.fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
+    from lightning_peft.strategies.split_cost import tensor_parallel_bytes as tensor_parallel_bytes
     from lightning_peft.summary import trainable_summary as trainable_summary
     from lightning_peft.surgery import delete_adapter as delete_adapter
     from lightning_peft.surgery import inject as inject

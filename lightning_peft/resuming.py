@@ -115,12 +115,11 @@ class ExactResume(_Host):
                 f"the checkpoint has no {RANDOM_STATES!r} entry to resume from: it is damaged"
             )
         within_epoch = not _at_end_of_epoch(checkpoint.get("loops", {}))
-        states, (rank, processes, _) = checkpoint[RANDOM_STATES], position.place_of(self.trainer)
-        trainer = self.trainer
-        self._resume_gradients = plain_gradients(checkpoint.get(GRADIENTS), trainer.global_rank, trainer.world_size)
+        states, (rank, processes, each) = checkpoint[RANDOM_STATES], position.place_of(self.trainer)
+        self._resume_gradients = plain_gradients(checkpoint.get(GRADIENTS), rank, processes) if each == 1 else None
         if GRADIENTS in checkpoint and self._resume_gradients is None:
             self._warn(
-                f"the checkpoint holds the gathered gradients of {len(checkpoint[GRADIENTS])} processes and this run has {trainer.world_size}, so they are "
+                f"the checkpoint holds the gathered gradients of {len(checkpoint[GRADIENTS])} processes and this run has {self.trainer.world_size}, so they are "
                 "left out; resume with as many processes to go on exactly"
             )
         self._resume_from, self._resume_within_epoch = state_for(states, rank), within_epoch

@@ -145,7 +145,7 @@ class SplitForward:
                 )
             if self.style == "colwise":
                 assert self.entered is not None
-                args, kwargs = _with_first(args, kwargs, lambda x: self.entered(x, self.group))  # type: ignore[misc]
+                args, kwargs = _with_first(args, kwargs, lambda x: self.entered(x, self.group))
         for one in self.held:
             owned: dict[str, Any] = one.owner._parameters
             self._before.append((one.owner, one.name, owned[one.name]))

@@ -78,7 +78,10 @@ def _half(adapter: Adapter, base: torch.nn.Linear, style: str, index: int, x: Te
     assert set(plan) == {name for name, _ in part.named_parameters()}, (
         f"{type(adapter).__name__}.tensor_parallel_plan must name each parameter, got {sorted(plan)}"
     )
-    values = {name: p if plan[name] is None else p.chunk(2, plan[name])[index] for name, p in part.named_parameters()}
+    values = {}
+    for name, parameter in part.named_parameters():
+        dim = plan[name]
+        values[name] = parameter if dim is None else parameter.chunk(2, dim)[index]
     mine = copy.deepcopy(base)
     mine.weight = torch.nn.Parameter(base.weight.chunk(2, 0 if out else 1)[index])
     if base.bias is not None:
