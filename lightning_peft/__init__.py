@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_tools.distilling import distil_adapter as distil_adapter
     from lightning_peft.adapter_tools.pruning import prune_folder as prune_folder
     from lightning_peft.adapter_tools.pruning import prune_rank as prune_rank
+    from lightning_peft.adapter_tools.spectra import analyze_weights as analyze_weights
+    from lightning_peft.adapter_tools.spectra import subspace_similarity as subspace_similarity
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
     from lightning_peft.callbacks import MergeAdapters as MergeAdapters
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
     from lightning_peft.callbacks import ResourceMonitor as ResourceMonitor
     from lightning_peft.callbacks import RouterMonitor as RouterMonitor
+    from lightning_peft.callbacks import SpectrumMonitor as SpectrumMonitor
     from lightning_peft.cli import PEFTCLI as PEFTCLI
     from lightning_peft.composition import Adaptation as Adaptation
     from lightning_peft.composition import inject_all as inject_all
@@ -60,7 +63,13 @@ if TYPE_CHECKING:
     from lightning_peft.inventory import list_adapters as list_adapters
     from lightning_peft.inventory import rename_adapter as rename_adapter
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
+    from lightning_peft.loaders import ImageClassificationLoader as ImageClassificationLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
+    from lightning_peft.loaders import MultipleChoiceLoader as MultipleChoiceLoader
+    from lightning_peft.loaders import Seq2SeqLoader as Seq2SeqLoader
+    from lightning_peft.loaders import SequenceClassificationLoader as SequenceClassificationLoader
+    from lightning_peft.loaders import TokenClassificationLoader as TokenClassificationLoader
+    from lightning_peft.loaders import TransformersLoader as TransformersLoader
     from lightning_peft.merged_copies import merged_copy as merged_copy
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
@@ -143,6 +152,12 @@ if TYPE_CHECKING:
     from lightning_peft.swapping import swap_adapter as swap_adapter
     from lightning_peft.targets import Targets as Targets
     from lightning_peft.targets import resolve_targets as resolve_targets
+    from lightning_peft.tasks import CausalLMTask as CausalLMTask
+    from lightning_peft.tasks import ClassificationTask as ClassificationTask
+    from lightning_peft.tasks import MultipleChoiceTask as MultipleChoiceTask
+    from lightning_peft.tasks import Seq2SeqTask as Seq2SeqTask
+    from lightning_peft.tasks import Task as Task
+    from lightning_peft.tasks import TokenClassificationTask as TokenClassificationTask
 
 __version__ = "0.1.0.dev0"
 
@@ -159,6 +174,8 @@ _HOME = {
     "Bottleneck": "plugins.bottleneck",
     "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
+    "CausalLMTask": "tasks",
+    "ClassificationTask": "tasks",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
     "EVA": "plugins.eva",
@@ -166,12 +183,13 @@ _HOME = {
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
     "ForeignAdapter": "adapter_formats",
-    "FullFineTuning": "plugins.full",
     "FrozenHalfPrecision": "half_precision",
+    "FullFineTuning": "plugins.full",
     "Fused": "families",
     "GGUFAdapter": "plugins.gguf_format",
     "GGUFFile": "plugins.gguf_format",
     "Halving": "population",
+    "ImageClassificationLoader": "loaders",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
     "LightningPEFTError": "errors",
@@ -194,6 +212,8 @@ _HOME = {
     "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
+    "MultipleChoiceLoader": "loaders",
+    "MultipleChoiceTask": "tasks",
     "NF4": "plugins.quantizers",
     "NormTuning": "plugins.norm_tuning",
     "OLoRA": "plugins.olora",
@@ -216,13 +236,21 @@ _HOME = {
     "ResourceMonitor": "callbacks",
     "Router": "routers",
     "RouterMonitor": "callbacks",
+    "Seq2SeqLoader": "loaders",
+    "Seq2SeqTask": "tasks",
+    "SequenceClassificationLoader": "loaders",
     "Slice": "interfaces",
+    "SpectrumMonitor": "callbacks",
     "Target": "interfaces",
     "Targets": "targets",
+    "Task": "tasks",
     "TextDataModule": "data",
+    "TokenClassificationLoader": "loaders",
+    "TokenClassificationTask": "tasks",
     "TopLayers": "plugins.top_layers",
     "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",
+    "TransformersLoader": "loaders",
     "VeRA": "plugins.vera",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",
@@ -233,6 +261,7 @@ _HOME = {
     "adapters_disabled": "activation",
     "adapters_scaled": "scaling",
     "allocated_ranks": "plugins.adalora",
+    "analyze_weights": "adapter_tools.spectra",
     "bring_back_adapters": "offloading",
     "clip_gradients_by_norm": "strategies.clipping",
     "combine_adapters": "adapter_tools.combining",
@@ -272,6 +301,7 @@ _HOME = {
     "set_row_adapters": "rows",
     "spectrum": "adapter_tools.comparing",
     "step_cost": "strategies.cost",
+    "subspace_similarity": "adapter_tools.spectra",
     "swap_adapter": "swapping",
     "tensor_parallel_bytes": "strategies.split_cost",
     "tensors_of": "strategies.cost",

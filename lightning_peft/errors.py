@@ -109,5 +109,10 @@ def did_you_mean(word: str, candidates: Iterable[str]) -> str:
         >>> did_you_mean("zzz", ["q_proj"])
         ''
     """
+
+    def likeness(name: str) -> float:
+        return difflib.SequenceMatcher(None, name, word).ratio()
+
     near = difflib.get_close_matches(word, sorted(set(candidates)), n=2, cutoff=0.6)
+    near = [name for name in near if likeness(name) >= 0.75 * likeness(near[0])]  # not beside one that is far nearer
     return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

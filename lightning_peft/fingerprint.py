@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters, unwrapped
 from lightning_peft.errors import ConfigError
 from lightning_peft.quantized_layers import packed_layers
+from lightning_peft.saved_modules import SavedParameters
 from lightning_peft.unread_weights import Unread, unread
 
 SAMPLES = 16
@@ -189,8 +190,8 @@ def digest_of(digests: Mapping[str, str]) -> str:
 def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> dict[str, Any]:
     """Return the fingerprint of the base of an adapted ``model`` as it is stored.
 
-    Parameters of the base that are trained, or that a merge overwrote for good, are listed with the quantised ones: they are
-    not compared.
+    Parameters of the base that are trained, of which an adapter has its own copy in ``modules_to_save``, or that a merge overwrote for good,
+    are listed with the quantised ones: they are not compared, and a new head may have started from other random values.
 
     Args:
         model: the adapted model.
@@ -201,7 +202,7 @@ def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> di
     if found is None:
         return {"digest": None, "tensors": {}, "quantized": []}
     trained = {name for name, parameter in base_parameters(model) if parameter.requires_grad}
-    trained |= _overwritten(model)
+    trained |= _given_up(model)
     left_out = sorted(quantized_names(model) | trained)
     kept = {name: sample for name, sample in found.tensors.items() if name not in trained}
     found_packed = {"packed": packed_digests(model)} if packed else {}
@@ -210,12 +211,12 @@ def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> di
     return {"digest": Fingerprint(kept).digest, "tensors": kept, "quantized": left_out, **found_packed}
 
 
-def _overwritten(model: nn.Module) -> frozenset[str]:
-    """Return the names of base parameters at places where an adapter was merged and the originals were not kept."""
+def _given_up(model: nn.Module) -> frozenset[str]:
+    """Return the names of base parameters that were overwritten by a merge, or that do not matter to an adapter, which has its own copies."""
     return frozenset(
         f"{path}.{name}" if path else name
         for path, layer in adapter_layers(model).items()
-        if layer.permanent
+        if layer.permanent or any(isinstance(adapter, SavedParameters) for adapter in layer.adapters.values())
         for name, _ in layer.base_layer.named_parameters(recurse=False)
     )
 

@@ -6,9 +6,9 @@ A loader is a frozen dataclass, so it can stand in a YAML file, be validated at 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from typing_extensions import override
@@ -17,6 +17,7 @@ from lightning_peft.errors import ConfigError, LightningPEFTError
 from lightning_peft.interfaces import Method
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_NEW = "_lightning_peft_new_modules"
 
 
 class ModelLoader(ABC):
@@ -44,13 +45,16 @@ class ModelLoader(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalLMLoader(ModelLoader):
-    """A causal language model of transformers, from a local folder or a hub id.
+class TransformersLoader(ModelLoader):
+    """A model of transformers, from a local folder or a hub id; a subclass says of which kind.
 
-    Example:
-        >>> CausalLMLoader(path="my-folder", dtype="float16").gradient_checkpointing
-        False
+    Modules that the checkpoint has no weights for, such as the head of a task that is new, are noted: see :func:`new_modules`.
     """
+
+    auto_class: ClassVar[str]
+    """The class of transformers that loads such a model, such as ``AutoModelForCausalLM``."""
+    kind: ClassVar[str]
+    """What such a model is called in messages."""
 
     path: str
     """Local folder, or id on the Hugging Face hub."""
@@ -66,10 +70,15 @@ class CausalLMLoader(ModelLoader):
     """Run Python code that the hub repository brings along. Only for repositories you trust."""
 
     def __post_init__(self) -> None:
+        label = type(self).__name__
         if not self.path:
-            raise ConfigError(f"CausalLMLoader path must be a folder or a hub id, got {self.path!r}")
+            raise ConfigError(f"{label} path must be a folder or a hub id, got {self.path!r}")
         if self.dtype not in _DTYPES:
-            raise ConfigError(f"CausalLMLoader dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+            raise ConfigError(f"{label} dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}")
+
+    def model_options(self) -> dict[str, Any]:
+        """Return what of this kind goes into the configuration of the model, for ``from_pretrained``."""
+        return {}
 
     @override
     def load(self) -> nn.Module:
@@ -96,35 +105,24 @@ class CausalLMLoader(ModelLoader):
 
         return self._ready(load_layerwise(self._from_pretrained, method))
 
-    @override
-    def load_unread(self) -> nn.Module | None:
-        """Return the model of a local folder of safetensors files; None for any other, or one that is quantised or brings code.
-
-        Raises:
-            ConfigError: the files lack a weight, or hold one in another shape.
-        """
-        if self.trust_remote_code or self.revision is not None or self._is_quantized():
-            return None
-        from lightning_peft.out_of_core.unread_models import unread_model
-
-        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-        model = unread_model(self.path, dtype=self.dtype, **attention)
-        return None if model is None else self._ready(model)
-
     def _from_pretrained(self, **more: Any) -> nn.Module:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        options: dict[str, Any] = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **more}
+        options = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, **self.model_options(), **more}
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         if self.revision is not None:
             options["revision"] = self.revision
+        model: nn.Module
         try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(self.path, **options)
+            model, found = getattr(transformers, self.auto_class).from_pretrained(
+                self.path, output_loading_info=True, **options
+            )
         except LightningPEFTError:  # from a method that looked at the model
             raise
         except (OSError, ValueError) as error:
-            raise ConfigError(f"no causal language model could be loaded from {self.path!r}: {error}") from error
+            raise ConfigError(f"no {self.kind} could be loaded from {self.path!r}: {error}") from error
+        model.__dict__[_NEW] = _roots(model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
         return model
 
     def _is_quantized(self) -> bool:
@@ -149,6 +147,124 @@ class CausalLMLoader(ModelLoader):
             enable({"use_reentrant": False})
             model.config.use_cache = False
         return loaded.train()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMLoader(TransformersLoader):
+    """A causal language model of transformers, from a local folder or a hub id.
+
+    Example:
+        >>> CausalLMLoader(path="my-folder", dtype="float16").gradient_checkpointing
+        False
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    kind: ClassVar[str] = "causal language model"
+
+    @override
+    def load_unread(self) -> nn.Module | None:
+        """Return the model of a local folder of safetensors files; None for any other, or one that is quantised or brings code.
+
+        Raises:
+            ConfigError: the files lack a weight, or hold one in another shape.
+        """
+        if self.trust_remote_code or self.revision is not None or self._is_quantized():
+            return None
+        from lightning_peft.out_of_core.unread_models import unread_model
+
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        model = unread_model(self.path, dtype=self.dtype, **attention)
+        return None if model is None else self._ready(model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqLoader(TransformersLoader):
+    """A text-to-text model with encoder and decoder, such as T5 or BART."""
+
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    kind: ClassVar[str] = "text-to-text model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoiceLoader(TransformersLoader):
+    """An encoder that scores each choice of a row, such as RoBERTa."""
+
+    auto_class: ClassVar[str] = "AutoModelForMultipleChoice"
+    kind: ClassVar[str] = "model for multiple choice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ClassificationLoader(TransformersLoader):
+    num_labels: int = 2
+    """Classes; 1 is a number to be predicted, a regression."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.num_labels) is not int or self.num_labels < 1:
+            raise ConfigError(f"{type(self).__name__} num_labels must be 1 or more, got {self.num_labels!r}")
+
+    @override
+    def model_options(self) -> dict[str, Any]:
+        # A checkpoint may have a head of another size, of the task it was trained for before: it makes place for a new one.
+        return {"num_labels": self.num_labels, "ignore_mismatched_sizes": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassificationLoader(_ClassificationLoader):
+    """A model that puts each sequence into one of ``num_labels`` classes, or gives it a number.
+
+    Example:
+        >>> SequenceClassificationLoader(path="my-folder", num_labels=77).pad_token_id is None
+        True
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    kind: ClassVar[str] = "model for the classification of sequences"
+
+    pad_token_id: int | None = None
+    """Token that fills up short rows, where the configuration of the model names none, as of most decoders: they read the class from
+    the last token before."""
+
+    @override
+    def model_options(self) -> dict[str, Any]:
+        padding = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
+        return {**super().model_options(), **padding}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationLoader(_ClassificationLoader):
+    """A model that puts each token into one of ``num_labels`` classes."""
+
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    kind: ClassVar[str] = "model for the classification of tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassificationLoader(_ClassificationLoader):
+    """A model that puts each image into one of ``num_labels`` classes, such as ViT."""
+
+    auto_class: ClassVar[str] = "AutoModelForImageClassification"
+    kind: ClassVar[str] = "model for the classification of images"
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the modules of ``model`` that its checkpoint had no weights for; they have random ones, and need training."""
+    return list(model.__dict__.get(_NEW, ()))
+
+
+def _roots(model: nn.Module, missing: Iterable[str]) -> list[str]:
+    """Return the largest modules all of whose parameters are ``missing``."""
+    gone = set(missing)
+    lost = {
+        path
+        for path, module in model.named_modules()
+        if path and (names := [name for name, _ in module.named_parameters(prefix=path)]) and gone.issuperset(names)
+    }
+    return sorted(path for path in lost if not any(path[:end] in lost for end in _dots(path)))
+
+
+def _dots(path: str) -> list[int]:
+    return [place for place, letter in enumerate(path) if letter == "."]
 
 
 def loaded(base: ModelLoader | nn.Module, strategy: object, methods: Sequence[Method]) -> nn.Module:

@@ -9,24 +9,24 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
 from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.batch_parts import IGNORED, MeanPerplexity, field_of, rows_of, target_of, tokens_of
+from lightning_peft.batch_parts import field_of, rows_of, target_of, tokens_of
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
-from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
+from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named, training_also
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
-from lightning_peft.loaders import ModelLoader, loaded
+from lightning_peft.loaders import ModelLoader, loaded, new_modules
+from lightning_peft.measuring import Measuring
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import (
     parameter_groups,
@@ -37,12 +37,13 @@ from lightning_peft.optimization import (
 from lightning_peft.rows import set_row_adapters
 from lightning_peft.state import load_adapter
 from lightning_peft.targets import Targets
+from lightning_peft.tasks.task import Task
 from lightning_peft.token_weighting import TokenWeighting
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
-class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
+class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
     """Adapts a pretrained model and trains the adapter. Checkpoints hold the adapter, never the base.
 
     Nothing is loaded before the Trainer calls ``configure_model``. A batch may be
@@ -71,6 +72,8 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
         fingerprint: how checkpoints recognise the base: by ``sampled`` weights, or by a hash of them all too (``complete``), for which
             every save and load reads every weight.
         check_base: whether to refuse a checkpoint or an adapter folder of another base.
+        task: what is measured in validation and test, such as ``ClassificationTask(num_labels=2, metrics=["accuracy", "f1"])``. If None, the
+            loss, and perplexity and the share of right tokens where there are tokens.
         loss_weighting: whether each batch or each predicted token counts the same in a step of the optimizer, over accumulated batches and
             over processes.
 
@@ -106,6 +109,7 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
         check_base: bool = True,
         by_rows: bool = False,
         loss_weighting: Literal["batches", "tokens"] = "batches",
+        task: Task | None = None,
     ) -> None:
         super().__init__()
         check_kind(fingerprint)
@@ -143,7 +147,9 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss, self.base_fingerprint, self.check_base, self.by_rows = loss, fingerprint, check_base, by_rows
         self.loss_weighting = loss_weighting
-        self.metrics = nn.ModuleDict()
+        if task is not None and not isinstance(task, Task):
+            raise ConfigError(f"task must be a Task such as CausalLMTask(), got {task!r}")
+        self.task, self.metrics = task, nn.ModuleDict()
 
     def _save_plain_hyperparameters(self, adapter: str | None) -> None:
         from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -180,6 +186,7 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
         else:
             methods = [self._loading_method(), *(one.method for one in self.adaptations)]
             model = loaded(base, self._strategy(), methods)
+            self._train_what_is_new(model)
             self._inject(model)
         if self.by_rows:
             set_active_adapters(model, [])
@@ -190,6 +197,16 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
 
     def _strategy(self) -> object:
         return self._trainer and self._trainer.strategy
+
+    def _train_what_is_new(self, model: nn.Module) -> None:
+        """Have a head trained that the checkpoint of the base has no weights for, and say so."""
+        adaptations = training_also(model, self.adaptations, new_modules(model)) if self.adaptations else []
+        if adaptations != self.adaptations:
+            rank_zero_info(
+                f"{type(model).__name__} has modules that its checkpoint has no weights for; they are trained in full and saved with the "
+                f"adapter: {', '.join(new_modules(model))}"
+            )
+            self.adaptations = adaptations
 
     def _inject(self, model: nn.Module) -> None:
         inject_all(model, self.adaptations, by_rows=self.by_rows)
@@ -237,6 +254,7 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
             return self._outputs(batch)
 
     def _outputs(self, batch: Any) -> Any:
+        batch = batch if self.task is None else self.task.inputs(batch)
         if isinstance(batch, Mapping):
             own_loss = self.loss is not None
             return self(**{key: value for key, value in batch.items() if not (own_loss and key == "labels")})
@@ -281,69 +299,11 @@ class PEFTModule(TokenWeighting, PEFTMixin, LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure a batch: ``val_loss``, and ``val_perplexity`` and ``val_token_accuracy`` where there are tokens."""
-        self._measure("val", batch, dataloader_idx)
-
-    @override
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Measure a batch: ``test_loss``, and ``test_perplexity`` and ``test_token_accuracy`` where there are tokens."""
-        self._measure("test", batch, dataloader_idx)
-
-    @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the logits of a batch, or whatever the model returns where there are none."""
         outputs = self.predict_outputs(batch)
         logits = field_of(outputs, "logits")
         return outputs if logits is None else logits
-
-    def _measure(self, stage: str, batch: Any, dataloader_idx: int) -> None:
-        outputs = self.predict_outputs(batch)
-        self._record(f"{stage}-{dataloader_idx}", outputs, self.compute_loss(outputs, batch).detach(), batch)
-
-    def _record(self, key: str, outputs: Any, loss: Tensor, batch: Any) -> None:
-        tokens = tokens_of(self.model, outputs, batch) if self.loss is None else None
-        metrics = self._metrics_for(key, with_tokens=tokens is not None)
-        if tokens is None:
-            metrics["loss"].update(loss, weight=rows_of(batch))
-            return
-        predicted, wanted = tokens
-        counted = wanted != IGNORED
-        if count := int(counted.sum()):
-            metrics["loss"].update(loss, weight=count)
-            metrics["perplexity"].update(loss, weight=count)
-            metrics["token_accuracy"].update(((predicted == wanted) & counted).sum() / count, weight=count)
-
-    def _metrics_for(self, key: str, *, with_tokens: bool) -> Mapping[str, Metric]:
-        if key not in self.metrics:
-            made: dict[str, Metric] = {"loss": MeanMetric()}
-            if with_tokens:
-                made |= {"perplexity": MeanPerplexity(), "token_accuracy": MeanMetric()}
-            self.metrics[key] = MetricCollection(made, compute_groups=False).to(self.device)  # type: ignore[arg-type]
-        return self.metrics[key]  # type: ignore[return-value]
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        """Log what was measured, once for each data set by name and under the plain names for the first."""
-        self._log_metrics("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        """Log what was measured, once for each data set by name and under the plain names for the first."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        names = list(getattr(getattr(self.trainer, "datamodule", None), f"{stage}_names", ()))
-        kept = [key for key in self.metrics if key.startswith(f"{stage}-")]
-        for key in kept:
-            index = int(key.rsplit("-", 1)[1])
-            values = self.metrics[key].compute()  # type: ignore[operator]
-            for metric, value in values.items():
-                if index == 0:
-                    self.log(f"{stage}_{metric}", value, prog_bar=metric == "loss", sync_dist=True)
-                if len(kept) > 1:
-                    self.log(f"{stage}_{metric}/{names[index] if index < len(names) else index}", value, sync_dist=True)
-            self.metrics[key].reset()  # type: ignore[operator]
 
     # -- optimisation ----------------------------------------------------------------------------------------------
 

@@ -105,8 +105,14 @@ def test_a_revision_and_remote_code_reach_transformers(monkeypatch):
 
     def from_pretrained(path, **options):
         seen.update(options, path=path)
-        return copy.deepcopy(nn.Linear(1, 1))
+        return copy.deepcopy(nn.Linear(1, 1)), {"missing_keys": [], "mismatched_keys": []}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     CausalLMLoader(path="a/b", revision="v2", trust_remote_code=True).load()
-    assert seen == {"path": "a/b", "revision": "v2", "trust_remote_code": True, "dtype": "auto"}
+    assert seen == {
+        "path": "a/b",
+        "revision": "v2",
+        "trust_remote_code": True,
+        "dtype": "auto",
+        "output_loading_info": True,
+    }

@@ -37,6 +37,16 @@ def changes_in(model: nn.Module, name: str) -> Changes:
         AdapterNotFoundError: the model has no adapter of that name.
         MergeError: its method cannot be merged, or an adapter is merged into the base at the moment.
     """
+    return ((path, changes) for path, _, changes in changed_places(model, name))
+
+
+def changed_places(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Yield what :func:`changes_in` does, with a module of the base's parameters in float64 between path and changes.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapter of that name.
+        MergeError: its method cannot be merged, or an adapter is merged into the base at the moment.
+    """
     injection = record(model, name)
     if not injection.method.mergeable:
         raise MergeError(f"adapter {name!r} is a {injection.method.name!r} adapter, {injection.method.merge_refusal}")
@@ -52,7 +62,7 @@ def changes_in(model: nn.Module, name: str) -> Changes:
             twin = _wide_twin(layer.base_layer)
             with torch.no_grad():
                 merged = layer._adapter(name).merged_parameters(twin)
-            yield path, {key: widened(value) - twin.get_parameter(key) for key, value in merged.items()}
+            yield path, twin, {key: widened(value) - twin.get_parameter(key) for key, value in merged.items()}
 
 
 def changes_between(base: nn.Module, tuned: nn.Module) -> Changes:
@@ -88,6 +98,17 @@ def changes_between(base: nn.Module, tuned: nn.Module) -> Changes:
                 found[key] = widened(theirs[path].get_parameter(key)).to(parameter.device) - widened(parameter)
         if found:
             yield path, found
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return the ``weight`` of a module, or a change of it, as (out, in); a convolution's kernel counts as inputs."""
+    return weight.t() if isinstance(module, nn.Embedding) or is_conv1d_linear(module) else weight.flatten(1)
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (out, k), S (k,) and V^T (k, in), in float64 where that does not take minutes."""
+    wide = matrix if min(matrix.shape) <= _EXACT_SIDE else matrix.float()
+    return torch.linalg.svd(wide, full_matrices=False)  # type: ignore[no-any-return]
 
 
 def _wide_twin(module: nn.Module) -> nn.Module:
@@ -146,8 +167,8 @@ class Factored:
                 self.left_out.append(f"{path}.{key}")
 
     def _factor(self, path: str, label: str, name: str, module: nn.Module, change: Tensor) -> None:
-        matrix = change.t() if isinstance(module, nn.Embedding) or is_conv1d_linear(module) else change.flatten(1)
-        U, S, Vh = torch.linalg.svd(matrix if min(matrix.shape) <= _EXACT_SIDE else matrix.float(), full_matrices=False)
+        matrix = as_matrix(module, change)
+        U, S, Vh = svd(matrix)
         kept = rank_for(S, rank=self.rank, energy=self.energy)
         root = S[:kept].sqrt()
         up, down = U[:, :kept] * root, root[:, None] * Vh[:kept]

@@ -5,5 +5,14 @@ from lightning_peft.callbacks.merge import MergeAdapters
 from lightning_peft.callbacks.phases import Phase, PhaseSchedule
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.callbacks.router_monitor import RouterMonitor
+from lightning_peft.callbacks.spectrum_monitor import SpectrumMonitor
 
-__all__ = ["AdapterCheckpoint", "MergeAdapters", "Phase", "PhaseSchedule", "ResourceMonitor", "RouterMonitor"]
+__all__ = [
+    "AdapterCheckpoint",
+    "MergeAdapters",
+    "Phase",
+    "PhaseSchedule",
+    "ResourceMonitor",
+    "RouterMonitor",
+    "SpectrumMonitor",
+]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from json import dumps as to_json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse.typing import PositiveInt
 
@@ -85,23 +87,101 @@ def diff(a: str, b: str) -> None:
     _print_table(rows)
 
 
-def print_spectrum(adapter: str) -> None:
-    """Show the singular values of the updates in a LoRA folder.
+def inspect(
+    adapter: str,
+    weights: bool = False,
+    base: str | None = None,
+    against: str | None = None,
+    json: bool = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Show the singular values of what an adapter adds to each weight, and what they do to the weights of the base.
 
     Args:
-        adapter: LoRA folder, ours or HF PEFT's.
+        adapter: adapter folder, ours or HF PEFT's; without --weights one of low-rank updates.
+        weights: load the base and decompose its weights too: intruder dimensions, amplification, relative norm.
+        base: local folder or hub id of the base; what the adapter names if not given.
+        against: another LoRA folder, of another rank or seed: how much the first directions of both share.
+        json: print JSON, with every singular value.
+        dtype: precision in which the base is loaded; auto is its own.
 
     Raises:
-        AdapterFileError: the folder cannot be read.
-        ConfigError: the folder is not one of low-rank updates alone.
+        AdapterFileError: a folder cannot be read.
+        ConfigError: the folder is not one of low-rank updates alone, or two options do not go together.
+        MergeError: the method of the adapter cannot be merged.
     """
     from lightning_peft.adapter_tools.comparing import spectrum
+    from lightning_peft.adapter_tools.spectra import subspace_similarity
 
-    rows = [["weight", "norm", "rank", "effective rank", "stable rank", "largest singular values"]]
-    for label, one in spectrum(adapter).items():
+    if against is not None and (weights or base is not None):
+        raise ConfigError("--against compares two folders; leave out --weights and --base")
+    if against is not None:
+        _print_similarity(subspace_similarity(adapter, against), json)
+        return
+    columns = ["norm", "effective_rank", "stable_rank"]
+    if weights or base is not None:
+        columns = [
+            "relative_norm",
+            *columns[1:],
+            "intruders",
+            "amplification",
+            "base_effective_rank",
+            "tuned_effective_rank",
+        ]
+        found = _analyses(adapter, base or _base_of(adapter), dtype)
+    else:
+        found = dict(spectrum(adapter))
+    _print_analyses(found, columns, json)
+
+
+def _print_analyses(found: Mapping[str, Any], columns: list[str], json: bool) -> None:
+    if json:
+        fields = {
+            label: {
+                "values": one.values.tolist(),
+                "rank": one.rank,
+                **{column: getattr(one, column) for column in columns},
+            }
+            for label, one in found.items()
+        }
+        print(to_json(fields, indent=1))
+        return
+    rows = [["weight", "rank", *(column.replace("_", " ") for column in columns), "largest singular values"]]
+    for label, one in found.items():
         values = " ".join(_number(float(value)) for value in one.values[:6]) + (" ..." if len(one.values) > 6 else "")
-        held = f"{one.rank} of {len(one.values)}"
-        rows.append([label, _number(one.norm), held, f"{one.effective_rank:.2f}", f"{one.stable_rank:.2f}", values])
+        rows.append(
+            [label, f"{one.rank} of {len(one.values)}", *(_number(float(getattr(one, c))) for c in columns), values]
+        )
+    _print_table(rows)
+
+
+def _analyses(adapter: str, base: str, dtype: Dtype) -> dict[str, Any]:
+    """Return the analysis of every weight, with the names of the adapters before where there are several."""
+    from lightning_peft.adapter_layer import adapter_names
+    from lightning_peft.adapter_tools.spectra import analyze_weights
+
+    model = _load_base(base, dtype)
+    _load(model, adapter)
+    each = {name: analyze_weights(model, name) for name in adapter_names(model)}
+    return {
+        f"{name}/{label}" if len(each) > 1 else label: one
+        for name, found in each.items()
+        for label, one in found.items()
+    }
+
+
+def _print_similarity(found: Mapping[str, Any], json: bool) -> None:
+    if json:
+        print(to_json({label: grid.tolist() for label, grid in found.items()}, indent=1))
+        return
+    depths = [1, 2, 4, 8, 16, 32, 64]
+    most = max(min(grid.shape) for grid in found.values())
+    kept = [depth for depth in depths if depth < most] + [most]
+    rows = [["weight", *(f"first {depth}" for depth in kept)]]
+    for label, grid in found.items():
+        places = [min(depth, size) - 1 for depth in kept for size in grid.shape]
+        cells = [_number(float(grid[i, j])) for i, j in zip(places[::2], places[1::2], strict=True)]
+        rows.append([label, *cells])
     _print_table(rows)
 
 

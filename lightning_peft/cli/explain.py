@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lightning_peft.errors import did_you_mean
 
-_VERB = r"(?:fit|validate|test|predict|merge|convert|generate|combine|diff|spectrum|prune|to-lora|fingerprint|methods|plugins)"
+_VERB = r"(?:fit|validate|test|predict|merge|convert|generate|combine|diff|inspect|prune|to-lora|fingerprint|methods|plugins)"
 _MANY = 100
 """More names than this are not listed in a message."""
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from lightning_peft import __version__
-from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, print_spectrum, prune
+from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, inspect, prune
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.checkpoint_verbs import consolidate
@@ -35,7 +35,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "combine": combine,
     "diff": diff,
-    "spectrum": print_spectrum,
+    "inspect": inspect,
     "prune": prune,
     "to-lora": convert_to_lora,
     "fingerprint": fingerprint,
@@ -51,6 +51,10 @@ FLAGS = {
         "out_of_core": "Merge tensor by tensor from file to file; the model is never in memory. The base must be a local folder.",
     },
     "to-lora": {"drop_rest": "Leave out parameters that a LoRA has no update for, such as those of norms."},
+    "inspect": {
+        "weights": "Load the base and decompose its weights too: intruder dimensions, amplification, relative norm.",
+        "json": "Print JSON, with every singular value.",
+    },
     "fingerprint": {"complete": "Hash every weight of the base too."},
     "consolidate": {"adapter": "Write an adapter folder to share instead of a .ckpt to resume from."},
     "methods": {"markdown": "Print the table as Markdown, as it stands in the documentation."},
@@ -68,7 +72,7 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "diff": {"a": {"help": "LoRA folder, ours or HF PEFT's."}, "b": {"help": "Another one, of any rank."}},
-    "spectrum": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
+    "inspect": {"adapter": {"help": "Adapter folder, ours or HF PEFT's."}},
     "prune": {"adapter": {"help": "LoRA folder, ours or HF PEFT's."}},
     "consolidate": {
         "folder": {"help": "Checkpoint folder of a sharded run."},

@@ -1,4 +1,4 @@
-"""``lightning-peft combine``, ``diff``, ``spectrum``, ``prune`` and ``to-lora``."""
+"""``lightning-peft combine``, ``diff``, ``inspect``, ``prune`` and ``to-lora``."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_adapters_are_combined_compared_and_pruned(model, base, capsys):
 
     assert main(["prune", "out", "--rank", "2", "--output", "small"]) == 0
     capsys.readouterr()
-    assert main(["spectrum", "small"]) == 0
+    assert main(["inspect", "small"]) == 0
     lines = capsys.readouterr().out.splitlines()
     label, one = next(iter(spectrum("small").items()))
     assert lines[1].startswith(label)
@@ -68,7 +68,7 @@ def test_an_adapter_of_another_method_becomes_lora(base, tmp_path, capsys):
     inject(model, DoRA(rank=2), ["query"])
     shake(model, "default")
     save_adapter(model, "dora")
-    assert main(["spectrum", "dora"]) == 2
+    assert main(["inspect", "dora"]) == 2
     assert "lightning-peft to-lora" in capsys.readouterr().err
     assert main(["to-lora", "--adapter", "dora", "--rank", "16", "--output", "out"]) == 0
     torch.testing.assert_close(logits(base, "out"), model(IDS).logits, rtol=1e-4, atol=1e-5)

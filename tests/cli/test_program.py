@@ -40,7 +40,7 @@ def test_the_help_shows_every_verb(capsys):
         "generate",
         "combine",
         "diff",
-        "spectrum",
+        "inspect",
         "prune",
         "to-lora",
         "fingerprint",
