@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import CheckpointMismatchError, ConfigError
 from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
@@ -28,6 +29,7 @@ from lightning_peft.strategies.agreement import check_agreement, share_values
 from lightning_peft.strategies.common import AdaptedStrategy
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
+from lightning_peft.strategies.refusals import refuse_callbacks, refuse_meta, refuse_optimizers
 from lightning_peft.strategies.sharding import along, bring_scales, checkpoint_activations, refuse_unshardable, shard
 from lightning_peft.strategies.tensor_parallel import check_batch, mesh_of, share_random_state, split
 
@@ -156,7 +158,9 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         assert module is not None
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
+        refuse_callbacks(trainer)
         check_agreement(self, module)
+        refuse_meta(module)
         refuse_unmade(module)
         share_values(self, module)
         refuse_unshardable(module, self._casts())
@@ -170,7 +174,13 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
         read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
+        refuse_meta(module)
         super().setup(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        refuse_optimizers(self.optimizers)
 
     def _casts(self) -> list[torch.dtype]:
         """Return the dtypes that parameters of the run are cast to."""
@@ -241,7 +251,13 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return read_folder(path)
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        try:
+            checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        except pickle.UnpicklingError as error:
+            raise CheckpointMismatchError(
+                f"{str(path)!r} holds more than plain values and tensors, and Lightning does not tell strategies that shard of weights_only=False; if you "
+                f"trust the file, name what it holds with torch.serialization.add_safe_globals([...]) in every process ({error})"
+            ) from error
         return checkpoint
 
     @override
