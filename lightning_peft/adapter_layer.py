@@ -318,24 +318,24 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     The paths are those of the model without adapters. Where a place is adapted, its :class:`AdapterLayer` is yielded.
     """
     seen: set[int] = set()
-
-    def visit(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    waiting = [(model, "")]
+    while waiting:
+        module, path = waiting.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
-        inner = module
-        for child_name, child in module.named_children():
-            if child_name in _TRANSPARENT:
-                yield from visit(child, path)
-                return
+        if not module._modules.keys().isdisjoint(_TRANSPARENT):
+            hidden = [child for key, child in module._modules.items() if key in _TRANSPARENT and child is not None]
+            if hidden:
+                waiting.append((hidden[0], path))
+                continue
         yield path, module
         if isinstance(module, AdapterLayer):
-            inner = module.base_layer
-            seen.add(id(inner))
-        for child_name, child in inner.named_children():
-            yield from visit(child, f"{path}.{child_name}" if path else child_name)
-
-    yield from visit(model, "")
+            module = module.base_layer
+            seen.add(id(module))
+        if module._modules:
+            dot = f"{path}." if path else ""
+            waiting += [(child, dot + key) for key, child in reversed(module._modules.items()) if child is not None]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -70,16 +71,28 @@ def record(model: nn.Module, name: str) -> Injection:
 
 def adapted_roots(module: nn.Module) -> list[nn.Module]:
     """Return every module inside ``module`` (itself included) that :func:`inject` was called on and that holds adapters."""
+    return [inner for inner in past_adapters(module) if inner.__dict__.get(_RECORDS)]
+
+
+def injections(modules: Iterable[nn.Module]) -> dict[str, Injection]:
+    """Return what was injected into any of ``modules``, by adapter name."""
+    adapted = [module for module in modules if module.__dict__.get(_RECORDS)]
+    return {name: injection for module in adapted for name, injection in records(module).items()}
+
+
+def past_adapters(module: nn.Module) -> list[nn.Module]:
+    """Return every module inside ``module`` (itself included) in the order of ``modules()``, but none inside an adapter: these may be hundreds."""
     found: list[nn.Module] = []
     seen: set[int] = set()
     waiting = [module]
-    while waiting:  # in the order of ``modules()``, past the adapters, which hold none and may be hundreds
+    while waiting:
         inner = waiting.pop()
         if id(inner) in seen:
             continue
         seen.add(id(inner))
-        if inner.__dict__.get(_RECORDS):
-            found.append(inner)
-        children = (inner.base_layer,) if isinstance(inner, AdapterLayer) else tuple(inner._modules.values())
-        waiting += [child for child in reversed(children) if child is not None]
+        found.append(inner)
+        if isinstance(inner, AdapterLayer):
+            waiting.append(inner.base_layer)
+        elif inner._modules:
+            waiting += [child for child in reversed(inner._modules.values()) if child is not None]
     return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,13 +24,16 @@ from torch import nn
 from lightning_peft.activation import alone, met_alone
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapters_named, base_modules, unwrapped
 from lightning_peft.errors import ConfigError, InjectionError, MergeError
-from lightning_peft.injection import Injection, adapted_roots, records
-from lightning_peft.interfaces import Adapter
+from lightning_peft.injection import Injection, injections, past_adapters
 from lightning_peft.offloading import fetch_offloaded, reach_offloaded
 from lightning_peft.row_batches import AdapterRows, call_by_rows, entries_per_row, on_rows
 
 Row: TypeAlias = str | Sequence[str] | None
 """What acts on a row: an adapter, several that act one around the other, the first innermost, or none."""
+_Group: TypeAlias = tuple[list[int], Callable[..., Any]]
+"""Rows, and what runs on them."""
+_Shape: TypeAlias = tuple[list[int], tuple[str, ...], Callable[..., Any] | None, tuple[int, ...]]
+"""Rows, the adapters they name, the function that runs all of them in one go, and of each row which of them it has."""
 
 
 @contextlib.contextmanager
@@ -64,13 +67,14 @@ def adapter_rows(model: nn.Module, names: Sequence[Row]) -> Iterator[nn.Module]:
     reach_offloaded(model, dict.fromkeys(name for row in rows for name in row))
     plan = RowPlan(rows, {id(layer): path for path, layer in layers.items()})
     outer = {path: layer._rows for path, layer in layers.items()}
+    plan.prepare(layers.values())
     for layer in layers.values():
         layer.route(plan)
     try:
         with _around(model, plan, layers):
             yield model
     finally:
-        plan.held.clear()
+        plan.forget()
         for path, layer in layers.items():
             layer.route(_left if outer[path] is None and plan.trained else outer[path])
 
@@ -101,11 +105,12 @@ class RowPlan:
     """
 
     def __init__(self, rows: tuple[tuple[str, ...], ...], paths: dict[int, str]) -> None:
-        self.rows, self.paths = rows, paths
-        self.held: dict[Any, Any] = {}
+        self.paths = paths
         self.trained = False
-        # The rows of the batch that modules are run on at the moment.
+        self._selections: dict[tuple[tuple[str, ...], ...], _Selection] = {}
+        # The rows of the batch that modules are run on at the moment, and what is known of them.
         self.numbers = tuple(range(len(rows)))
+        self.rows, self.selection = rows, self._selected(rows)
 
     def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what ``layer`` returns for a batch of these rows."""
@@ -113,46 +118,26 @@ class RowPlan:
             return layer.base_layer(*args, **kwargs)
         if layer.training:
             self.trained = True
-        place = self.paths.get(id(layer), type(layer.base_layer).__name__)
+        key = id(layer)
+        place = self.paths.get(key) or type(layer.base_layer).__name__
         per_row = entries_per_row(len(self.rows), place, args, kwargs)
-        groups = self._groups(layer, grouped=per_row > 0)
+        grouped = per_row > 0  # not where all rows share the input
+        found = self.selection.places[grouped]
+        groups = found.get(key)
+        if groups is None:
+            groups = found[key] = self.selection.groups(layer, grouped=grouped)
         if len(groups) == 1:
             return groups[0][1](*args, **kwargs)
         return call_by_rows(groups, per_row, place, self._narrowed, args, kwargs)
 
-    def _groups(self, layer: AdapterLayer, *, grouped: bool) -> list[tuple[list[int], Callable[..., Any]]]:
-        """Return groups of rows and what runs on each at a place; ``grouped`` is false where all rows share the input."""
-        key = (id(layer), self.rows, grouped)
-        if key in self.held:
-            found: list[tuple[list[int], Callable[..., Any]]] = self.held[key]
-            return found
-        here = layer.adapters._modules
-        rows_of = self._rows_of()
-        bare: list[int] = []
-        own: list[tuple[list[int], tuple[str, ...]]] = []
-        together: dict[Callable[..., Any], dict[Adapter, list[int]]] = {}
-        for names, rows in rows_of.items():
-            found_here = [here[name] for name in names if name in here]
-            shared = found_here[0].grouped_rows() if grouped and len(found_here) == 1 else None  # type: ignore[operator]
-            if shared is not None:
-                together.setdefault(shared, {}).setdefault(found_here[0], []).extend(rows)  # type: ignore[arg-type]
-            elif found_here:
-                own.append((rows, names))  # by all names, so that rows fall into the same groups at other places
-            else:
-                bare += rows
-        groups: list[tuple[list[int], Callable[..., Any]]] = []
-        for function, of_adapter in together.items():
-            place = dict.fromkeys(bare, -1)
-            for number, rows in enumerate(of_adapter.values()):
-                place.update(dict.fromkeys(rows, number))
-            rows, bare = sorted(place), []
-            chosen = AdapterRows(tuple(of_adapter), tuple([place[row] for row in rows]))
-            groups.append((rows, functools.partial(function, layer.base_layer, chosen)))
-        groups += [(rows, _nested(layer, names)) for rows, names in own]
-        if bare:
-            groups.append((sorted(bare), layer.base_layer))
-        self.held[key] = groups
-        return groups
+    def prepare(self, layers: Iterable[AdapterLayer]) -> None:
+        """Find the groups of all places: faster one after the other than in between much else."""
+        self.selection.places[True].update({id(layer): self.selection.groups(layer, grouped=True) for layer in layers})
+
+    def forget(self) -> None:
+        """Let go of all that was made of parameters."""
+        self._selections.clear()
+        self.selection = _Selection(self.rows)
 
     def run_around(self, handing: frozenset[str], call: Callable[..., Any], place: str, args: Any, kwargs: Any) -> Any:
         """Return what ``call`` returns for a batch of these rows; the adapters ``handing`` hand on inside it, each to itself."""
@@ -165,28 +150,85 @@ class RowPlan:
         groups = [(rows, call) for rows in rows_of.values()]
         return call_by_rows(groups, per_row, place, self._narrowed, args, kwargs, ragged=True)
 
-    def _rows_of(self) -> dict[tuple[str, ...], list[int]]:
-        """Return the rows of each choice of adapters."""
-        key = ("rows of", self.rows)
-        if key not in self.held:
-            found: dict[tuple[str, ...], list[int]] = {}
-            for row, names in enumerate(self.rows):
-                found.setdefault(names, []).append(row)
-            self.held[key] = found
-        rows_of: dict[tuple[str, ...], list[int]] = self.held[key]
-        return rows_of
+    def _selected(self, rows: tuple[tuple[str, ...], ...]) -> _Selection:
+        if rows not in self._selections:
+            self._selections[rows] = _Selection(rows)
+        return self._selections[rows]
 
     @contextlib.contextmanager
     def _narrowed(self, rows: Sequence[int]) -> Iterator[None]:
         """Let places inside a module that is run on some rows only know of these alone."""
-        before = self.rows, self.numbers
+        before = self.rows, self.numbers, self.selection
         self.rows = tuple(before[0][row] for row in rows)
         self.numbers = tuple(before[1][row] for row in rows)
+        self.selection = self._selected(self.rows)
         try:
             with on_rows(self.numbers):
                 yield
         finally:
-            self.rows, self.numbers = before
+            self.rows, self.numbers, self.selection = before
+
+
+class _Selection:
+    """How rows fall into groups at the places they come to.
+
+    Args:
+        rows: the adapters of each row, innermost first.
+    """
+
+    def __init__(self, rows: tuple[tuple[str, ...], ...]) -> None:
+        self.rows_of: dict[tuple[str, ...], list[int]] = {}
+        for row, names in enumerate(rows):
+            self.rows_of.setdefault(names, []).append(row)
+        self.names = tuple(dict.fromkeys(name for names in self.rows_of for name in names))
+        # Groups of places where rows share the input and where they do not, by the id of the place.
+        self.places: tuple[dict[int, list[_Group]], dict[int, list[_Group]]] = ({}, {})
+        self._shapes: dict[Any, list[_Shape]] = {}
+
+    def groups(self, layer: AdapterLayer, *, grouped: bool) -> list[_Group]:
+        """Return groups of rows and what runs on each at a place; ``grouped`` is false where all rows share the input."""
+        here, base = _adapters(layer), layer.base_layer
+        found = [here.get(name) for name in self.names]
+        shared = tuple([adapter.grouped_rows() if grouped and adapter is not None else None for adapter in found])
+        key = (shared, tuple([adapter is None for adapter in found]))
+        if key not in self._shapes:  # places are much alike
+            self._shapes[key] = self._shaped(dict(zip(self.names, shared, strict=True)), here)
+        groups: list[_Group] = []
+        for rows, names, function, index in self._shapes[key]:
+            if function is not None:
+                chosen = AdapterRows(tuple([here[name] for name in names]), index)
+                groups.append((rows, functools.partial(function, base, chosen)))
+            else:
+                groups.append((rows, _nested(layer, names) if names else base))
+        return groups
+
+    def _shaped(self, shared: Mapping[str, Callable[..., Any] | None], here: Mapping[str, Any]) -> list[_Shape]:
+        """Return the groups of places with the adapters ``here``, of which those of one function in ``shared`` run together."""
+        bare: list[int] = []
+        own: list[_Shape] = []
+        together: dict[Callable[..., Any], dict[str, list[int]]] = {}
+        for names, rows in self.rows_of.items():
+            found = [name for name in names if name in here]
+            function = shared[found[0]] if len(found) == 1 else None
+            if function is not None:
+                together.setdefault(function, {}).setdefault(found[0], []).extend(rows)
+            elif found:
+                own.append(
+                    (rows, names, None, ())
+                )  # by all names, so that rows fall into the same groups at other places
+            else:
+                bare += rows
+        shapes: list[_Shape] = []
+        for function, of_adapter in together.items():
+            place = dict.fromkeys(bare, -1)
+            for number, rows in enumerate(of_adapter.values()):
+                place.update(dict.fromkeys(rows, number))
+            rows, bare = sorted(place), []
+            shapes.append((rows, tuple(of_adapter), function, tuple([place[row] for row in rows])))
+        shapes += own
+        if bare:
+            shapes.append((sorted(bare), (), None, ()))
+        return shapes
 
 
 def _nested(layer: AdapterLayer, names: Sequence[str]) -> Callable[..., Any]:
@@ -222,7 +264,7 @@ def _around(model: nn.Module, plan: RowPlan, layers: Mapping[str, AdapterLayer])
     used = {name for names in plan.rows for name in names}
     handing: dict[str, set[str]] = {}
     for path, layer in layers.items():
-        here = layer.adapters._modules
+        here = _adapters(layer)
         for name in used:
             if name in here and here[name].hands_on:
                 handing.setdefault(path.rpartition(".")[0], set()).add(name)
@@ -282,63 +324,56 @@ def _checked(model: nn.Module, names: Sequence[Row], layers: Mapping[str, Adapte
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise ConfigError(f"adapter_rows needs a sequence with a name or None for each row of the batch, got {names!r}")
     for row in names:
-        several = (
-            ()
-            if row is None
-            else (row,)
-            if isinstance(row, str)
-            else tuple(row)
-            if isinstance(row, Sequence)
-            else (row,)
-        )
+        listed = isinstance(row, Sequence) and not isinstance(row, str)
+        several: Sequence[str] = [] if row is None else row if listed else [row]  # type: ignore[list-item]
         if not all(isinstance(name, str) for name in several):
             raise ConfigError(
                 f"a row has the name of an adapter, a list of names or None, got {row!r} among {len(names)} rows"
             )
         rows.append(tuple(dict.fromkeys(several)))
-    _check_names(model, list(dict.fromkeys(name for row in rows for name in row)), layers)
+    held = _check_names(model, list(dict.fromkeys(name for row in rows for name in row)), layers)
     for several in dict.fromkeys(row for row in rows if len(row) > 1):
-        _check_together(model, several)
+        _check_together(layers, several, held, model)
     return tuple(rows)
 
 
-def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> None:
-    present = {name for layer in layers.values() for name in layer.adapters._modules}
-    merged = sorted({name for layer in layers.values() for name in layer.merged})
+def _check_names(model: nn.Module, names: Sequence[str], layers: Mapping[str, AdapterLayer]) -> dict[str, Injection]:
+    """Refuse what cannot act on rows; return what was injected, by name."""
+    merged = {name for layer in layers.values() for name in layer._merged}
     if merged:
         raise MergeError(
-            f"rows were to have adapters of their own, but {merged[0]!r} is merged into the base, which all rows share; call "
+            f"rows were to have adapters of their own, but {min(merged)!r} is merged into the base, which all rows share; call "
             "unmerge_adapters(model) first"
         )
-    held = _injections(model)
+    inside = past_adapters(model)
+    held = injections(inside)
+    missing = list(names)
+    for layer in layers.values():
+        here = _adapters(layer)
+        missing = [name for name in missing if name not in here]
+    for name in missing:
+        adapters_named(model, name)  # raises, saying what there is
     for name in names:
-        if name not in present:
-            adapters_named(model, name)  # raises, saying what there is
         if name in held and not held[name].method.row_routable:
             raise InjectionError(
                 f"adapter {name!r} was asked for in rows, but its method {held[name].method.name!r} does not act on each row on its own "
                 "(row_routable = False); make it the active adapter of a batch of its own"
             )
     for path, layer in layers.items():
-        present_here = layer.adapters._modules
-        here = [name for name in names if name in present_here]
-        if here and re.search(r"(^|\.)experts\.\d+(\.|$)", path):
-            raise InjectionError(
-                f"adapter {here[0]!r} is at {path!r}, an expert that is given tokens of the whole batch in an order of its own, so rows "
-                "cannot be told apart there; adapt other places, or run a batch for each adapter"
-            )
-    if names:
+        if "experts." in path and re.search(r"(^|\.)experts\.\d+(\.|$)", path):
+            lost = [name for name in names if name in _adapters(layer)]
+            if lost:
+                raise InjectionError(
+                    f"adapter {lost[0]!r} is at {path!r}, an expert that is given tokens of the whole batch in an order of its own, so rows "
+                    "cannot be told apart there; adapt other places, or run a batch for each adapter"
+                )
+    if names and any(module.__dict__.get("batch_first") is False for module in inside):
         _refuse_batch_second(model)
+    return held
 
 
 def _refuse_batch_second(model: nn.Module) -> None:
-    waiting, found = [model], False
-    while waiting and not found:  # without paths, which take long, and without adapters
-        module = waiting.pop()
-        found = module.__dict__.get("batch_first") is False
-        inner = [module.base_layer] if isinstance(module, AdapterLayer) else module._modules.values()
-        waiting += [child for child in inner if child is not None]
-    for path, module in model.named_modules() if found else ():
+    for path, module in model.named_modules():
         if module.__dict__.get("batch_first") is False:
             raise InjectionError(
                 f"{path!r}, a {type(module).__name__} with batch_first=False, has the rows of the batch in its second dimension; adapters by rows "
@@ -346,14 +381,16 @@ def _refuse_batch_second(model: nn.Module) -> None:
             )
 
 
-def _check_together(model: nn.Module, names: tuple[str, ...]) -> None:
-    held = _injections(model)
-    for path, layer in adapter_layers(model).items():
+def _check_together(
+    layers: Mapping[str, AdapterLayer], names: tuple[str, ...], held: Mapping[str, Injection], model: nn.Module
+) -> None:
+    for path, layer in layers.items():
         if (met := met_alone(layer, names, held)) is not None:
             raise InjectionError(
                 f"{met.all} are to act on one row at {path!r}, but {alone(model, met.one, path)}; name one of them"
             )
 
 
-def _injections(model: nn.Module) -> dict[str, Injection]:
-    return {name: injection for root in adapted_roots(model) for name, injection in records(root).items()}
+def _adapters(layer: AdapterLayer) -> dict[str, Any]:
+    """Return the adapters of a place by name, as they are held: looked up often, so past ``nn.Module``."""
+    return layer._modules["adapters"]._modules  # type: ignore[union-attr]

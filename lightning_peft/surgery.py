@@ -41,6 +41,7 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.offloading import forget_offloaded
+from lightning_peft.quantized_layers import make_trainable_over, packed_layers
 from lightning_peft.registry import get_registry
 from lightning_peft.rows import refuse_in_rows
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
@@ -154,6 +155,8 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         )
     _overrides(model, injection.method, injection.targets, family)
     prepare_base(model, [injection], family)
+    if not records(model):
+        make_trainable_over(packed_layers(model))
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
     made = [(modules[path], adapter) for path, adapter in new_adapters(model, injection, family).items()]

@@ -4,12 +4,13 @@
 
     y[r] = W x[r] + s_r B_r A_r x[r]        x: (rows, tokens, in)
 
-The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of three ways:
+The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of four ways:
 
     products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU; neighbours
                                                        of one adapter are one longer row where that works out for all
     in turn     A (k, in), B (k, out) of each run      consecutive rows of one adapter at a time, into y; nothing is copied
-    masked      A (K, in), B (K, out) of all           for few tokens: h = A x^T for every adapter, that of others set to zero
+    in batches  A (n, k, in), B (n, k, out) of n runs  for small matrices: neighbours in the stack of all A and B, into y
+    masked      A (K, in), B (K, out) of all           for the smallest: h = A x^T for every adapter, that of others set to zero
 
 Padding of batched products with zeros adds zeros to sums and gets no gradient; each adapter's parameters get the sum over its rows. Where
 ranks differ much, a CPU multiplies neighbours of one rank at a time instead.
@@ -20,14 +21,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_peft.arithmetic.row_stacks import RowStack, stacked
 from lightning_peft.row_batches import AdapterRows
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 
 _RUN = 300_000
 """What a further run costs, in multiplications that the masked way, or padding, may do more."""
+_WAYS = 8
+"""How many ways are remembered at a place."""
+_KEPT = 25_000
+"""How many elements a stack may have at one place for each run of rows."""
+_FEW, _MANY, _LONG, _PIECE = 32, 256, 98_304, 16
+"""Products of more than ``_FEW`` and less than ``_MANY`` tokens with ``_LONG`` results or more go in pieces of ``_PIECE`` tokens, run by run."""
+
+_Batch: TypeAlias = tuple[int, int, int, int, int]
+"""First unit of rows, the one behind the last, where in a stack the first matrix starts, how far the next is, and the rank of all."""
 
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
@@ -55,19 +65,70 @@ def _into(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
         y = base(x)
         y = y.reshape(-1, y.shape[-1]).clone()
     flat = x.reshape(-1, x.shape[-1])
-    runs = _runs(rows.index)
+    tokens, features = flat.shape[0] // len(rows.index), y.shape[1]
     stack = None
-    K = sum([adapter.file_rank for adapter in adapters])
-    if len(flat) * K * (flat.shape[1] + y.shape[1]) <= _RUN * len(runs):
-        stack = _stacked(base, adapters, y.dtype)
-    tokens = len(flat) // len(rows.index)
-    if stack is not None:
-        h = stack.A @ flat.to(y.dtype).t()  # (K, rows * tokens)
-        h.masked_fill_(_of_others(rows.index, stack.ranks, tokens), 0.0)
-        y.addmm_(h.t().to(y.dtype), stack.B)
-    else:
+    if tokens * features < _LONG:
+        most = _KEPT * len(_runs(rows.index)) // (flat.shape[1] + features)
+        stack = stacked(base, rows, y.dtype, most)
+    way = None if stack is None else _way(stack, rows.index, tokens)
+    if stack is None or way is None:
         _in_turn(adapters, rows.index, flat.view(len(rows.index), tokens, -1), y.view(len(rows.index), tokens, -1))
-    return y.view(*x.shape[:-1], y.shape[-1])
+    elif isinstance(way, Tensor):
+        h = torch.mm(stack.A, flat.to(y.dtype).t())  # (K, rows * tokens)
+        y.addmm_(h.masked_fill_(way, 0.0).t(), stack.B)
+    else:
+        _in_batches(way, flat.to(y.dtype), y)
+    return y.view(*x.shape[:-1], features)
+
+
+def _in_batches(way: _Batches, x: Tensor, y: Tensor) -> None:
+    """Add the updates of x (rows * tokens, in) to y (rows * tokens, out), one batch after the other, or all at once where they are alike."""
+    if way.alike:
+        _, _, A, B = way.each[0]
+        ins, outs = (part.view(-1, A.shape[0], part.shape[1]) for part in (x, y))  # (batches, rows of one, ...)
+        h = torch.bmm(A, ins.permute(1, 2, 0))  # (rows of one, rank, batches)
+        outs.add_(torch.bmm(h.transpose(1, 2), B).transpose(0, 1))
+        return
+    ins, outs = (part.view(way.units, -1, part.shape[1]) for part in (x, y))
+    for start, stop, A, B in way.each:
+        h = torch.bmm(A, ins[start:stop].transpose(1, 2))  # (rows, rank, tokens)
+        outs[start:stop].baddbmm_(h.transpose(1, 2), B)
+
+
+class _Batches(NamedTuple):
+    """Batches of units of rows, of consecutive rows with one adapter."""
+
+    units: int
+    """How many units there are."""
+    alike: bool
+    """Whether all batches have the same adapters, no rows between them, and one token in each unit."""
+    each: list[tuple[int, int, Tensor, Tensor]]
+    """The first unit of a batch, the one behind its last, A (units, rank, in) and B (units, rank, out)."""
+
+
+def _way(stack: RowStack, index: tuple[int, ...], tokens: int) -> Tensor | _Batches | None:
+    """Return what is to be zero (K, rows * tokens) of the masked way, the batches, or None for rows in turn."""
+    key = (index, tokens)
+    if key in stack.ways:
+        found: Tensor | _Batches | None = stack.ways[key]
+        return found
+    batches, runs, units = _batches(index, stack.ranks), len(_runs(index)), len(_units(index))
+    multiplied = len(index) * tokens * stack.lines * (stack.A.shape[1] + stack.B.shape[1])
+    if stack.finite and multiplied <= _RUN * len(batches):
+        found = _of_others(index, stack.ranks, tokens)
+    elif len(batches) < runs and len(index) // units * tokens * stack.B.shape[1] < _LONG:
+        alike = {(stop - start, *where) for start, stop, *where in batches}
+        whole = (
+            sum([stop - start for start, stop, *_ in batches]) == len(index) * tokens
+        )  # units are tokens, and none is left out
+        each = [(start, stop, *stack.batch(stop - start, *where)) for start, stop, *where in batches]
+        found = _Batches(units, whole and len(alike) == 1, each)
+    else:
+        found = None
+    if len(stack.ways) >= _WAYS:
+        stack.ways.clear()
+    stack.ways[key] = found
+    return found
 
 
 def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Tensor, y: Tensor) -> None:
@@ -81,7 +142,7 @@ def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Ten
     pairs = [
         None
         if adapter.slices or adapter.bias is not None or (adapter.dropout and adapter.training)
-        else _transposed(adapter, y.dtype)
+        else _factors(adapter, y.dtype)
         for adapter in adapters
     ]
     same = x.dtype == y.dtype
@@ -90,14 +151,33 @@ def _in_turn(adapters: tuple[LowRankLinear, ...], index: tuple[int, ...], x: Ten
         if pair is None:
             adapters[place].update_rows(xs[start], part)
         else:
-            down, B, scale = pair
-            part.addmm_((xs[start] if same else xs[start].to(y.dtype)).mm(down), B, alpha=scale)
+            A, B, scale = pair
+            h = A.mm((xs[start] if same else xs[start].to(y.dtype)).t())  # (rank, tokens)
+            _add_product(part, h.t(), B, scale)
 
 
-def _transposed(adapter: LowRankLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Return A^T (in, k), B (k, out) and the scale of an adapter."""
+def _add_product(y: Tensor, h: Tensor, B: Tensor, scale: float) -> None:  # noqa: N803 - as in the formula
+    """Add ``scale * h @ B`` to y (tokens, out), for h (tokens, rank) and B (rank, out).
+
+    Between few and many tokens MKL takes up to four times as long for one thin product as for several of fewer tokens.
+    """
+    tokens, out = y.shape
+    if not _FEW < tokens < _MANY or tokens * out < _LONG:
+        y.addmm_(h, B, alpha=scale)
+        return
+    pieces = tokens // _PIECE
+    whole = pieces * _PIECE
+    y[:whole].view(pieces, _PIECE, out).baddbmm_(
+        torch.unflatten(h[:whole], 0, (pieces, _PIECE)), B.expand(pieces, *B.shape), alpha=scale
+    )
+    if whole < tokens:
+        y[whole:].addmm_(h[whole:], B, alpha=scale)
+
+
+def _factors(adapter: LowRankLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Return A (k, in), B (k, out) and the scale of an adapter."""
     A, B = adapter.row_factors()
-    return A.to(dtype).t(), B.to(dtype), adapter.scaling
+    return A.to(dtype), B.to(dtype), adapter.scaling
 
 
 @functools.lru_cache(maxsize=16)
@@ -113,68 +193,34 @@ def _runs(index: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
 
 
 @functools.lru_cache(maxsize=64)
+def _batches(index: tuple[int, ...], ranks: tuple[int, ...]) -> tuple[_Batch, ...]:
+    """Return neighbouring units of rows whose matrices in a stack are as long as, and as far from, each other.
+
+    Example:
+        >>> _batches((0, 1, 2, 0, 1, 2), (4, 4, 4)), _batches((0, 0, 1, 1), (2, 4))
+        (((0, 3, 0, 4, 4), (3, 6, 0, 4, 4)), ((0, 1, 0, 0, 2), (1, 2, 2, 0, 4)))
+    """
+    starts = [0, *itertools.accumulate(ranks)]
+    found: list[_Batch] = []
+    for unit, place in enumerate(_units(index)):
+        if place < 0:
+            continue
+        start, rank = starts[place], ranks[place]
+        if found and found[-1][1] == unit and found[-1][4] == rank:
+            first, _, offset, step, _ = found[-1]
+            distance = start - offset - step * (unit - 1 - first)  # from the matrix of the unit before
+            if distance == step or (unit - first == 1 and distance > 0):
+                found[-1] = (first, unit + 1, offset, distance, rank)
+                continue
+        found.append((unit, unit + 1, start, 0, rank))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
 def _of_others(index: tuple[int, ...], ranks: tuple[int, ...], tokens: int) -> Tensor:
     """Return (K, rows * tokens), true where a line of the stacked A is not that of the adapter of the row."""
     owner = torch.tensor([place for place, rank in enumerate(ranks) for _ in range(rank)])
     return (owner[:, None] != torch.tensor(index)).repeat_interleave(tokens, dim=1)
-
-
-class _Stack:
-    """The matrices A (K, in) and B (K, out) of all adapters of one place below each other, the scales in B, and what they are made of."""
-
-    def __init__(self, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype, tensors: list[Tensor]) -> None:
-        self.scales = [adapter.scaling for adapter in adapters]
-        self.dtype = dtype
-        self.made_of = _marks(tensors)
-        self.alive = True
-        self.sources = [weakref.ref(tensor, self._lost) for tensor in tensors]
-        pairs = [adapter.row_factors() for adapter in adapters]
-        self.ranks = tuple(len(A) for A, _ in pairs)
-        self.A = torch.cat([A for A, _ in pairs]).to(dtype)
-        self.B = torch.cat([B * scale for (_, B), scale in zip(pairs, self.scales, strict=True)]).to(dtype)
-        # Zero times what is not finite would reach the rows of other adapters.
-        self.usable = bool(torch.isfinite(self.B).all())
-
-    def _lost(self, source: weakref.ref[Tensor]) -> None:
-        self.alive = False  # another tensor may get the same address
-
-    def holds(self, dtype: torch.dtype, tensors: list[Tensor], scales: list[float]) -> bool:
-        """Tell whether it would be made the same way again."""
-        if dtype != self.dtype or scales != self.scales or not self.alive:
-            return False
-        return list(map(id, tensors)) == self.made_of[0] and _marks(tensors) == self.made_of
-
-
-def _marks(tensors: list[Tensor]) -> tuple[list[int], list[int], list[int]]:
-    """Return what changes when one of ``tensors`` does."""
-    return (
-        list(map(id, tensors)),
-        [tensor._version for tensor in tensors],
-        [tensor.data_ptr() for tensor in tensors],
-    )
-
-
-_stacks: weakref.WeakKeyDictionary[nn.Module, _Stack] = weakref.WeakKeyDictionary()
-"""The last stack made at each place, small by the rule that chooses the masked way."""
-
-
-def _stacked(base: Any, adapters: tuple[LowRankLinear, ...], dtype: torch.dtype) -> _Stack | None:
-    """Return the matrices of all adapters, made when they change; None where the masked way is not open."""
-    tensors: list[Any] = []
-    scales = []
-    for adapter in adapters:  # asked for at every place in every forward, so without a call where that can be
-        if adapter.training and adapter.dropout:
-            return None
-        plain = not (adapter._modules or adapter._buffers)
-        tensors += adapter._parameters.values() if plain else adapter.held_tensors()
-        scales.append(adapter.method_scaling * adapter.scale)
-    stack = _stacks.get(base)
-    if stack is None or not stack.holds(dtype, tensors, scales):
-        # A trained bias is left to the other ways. Tensors made in inference mode do not count their changes.
-        if any(adapter.bias is not None for adapter in adapters) or any(tensor.is_inference() for tensor in tensors):
-            return None
-        stack = _stacks[base] = _Stack(adapters, dtype, tensors)
-    return stack if stack.usable else None
 
 
 # -- batched products --------------------------------------------------------------------------------------------------

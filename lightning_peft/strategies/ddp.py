@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.sharded_folders import read_folder
+from lightning_peft.strategies.adapted import AdaptedStrategy
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.common import AdaptedStrategy
 
 _SENDS_BUFFERS = next(  # the older name, which torch 2.13 deprecates
     name
@@ -46,7 +46,8 @@ class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
                 "find_unused_parameters=True was asked for, but adapters need it only where a batch chooses them by rows; then take Lightning's "
                 "'ddp_find_unused_parameters_true'"
             )
-        self.shares_buffers = not kwargs.keys() & {"broadcast_buffers", "forward_sync_buffers"}
+        asked = [kwargs.get(name) for name in ("broadcast_buffers", "forward_sync_buffers")]
+        self.shares_buffers = all(one is None for one in asked)  # a configuration file fills in what is left out
         if self.shares_buffers:
             kwargs[_SENDS_BUFFERS] = False
         super().__init__(**kwargs)

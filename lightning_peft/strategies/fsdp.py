@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -25,8 +25,8 @@ from lightning_peft.errors import CheckpointMismatchError, ConfigError
 from lightning_peft.half_precision import keeping_adapters
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
+from lightning_peft.strategies.adapted import AdaptedStrategy
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.common import AdaptedStrategy
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
 from lightning_peft.strategies.refusals import refuse_callbacks, refuse_meta, refuse_optimizers
@@ -253,7 +253,7 @@ class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
             return read_folder(path)
         try:
             checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             raise CheckpointMismatchError(
                 f"{str(path)!r} holds more than plain values and tensors, and Lightning does not tell strategies that shard of weights_only=False; if you "
                 f"trust the file, name what it holds with torch.serialization.add_safe_globals([...]) in every process ({error})"

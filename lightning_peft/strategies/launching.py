@@ -64,18 +64,18 @@ def _whole_state(module: LightningModule) -> Iterator[None]:
 def _make_model(trainer: Trainer, trained: set[str]) -> None:
     """Have the process that started the others make its model too, or the trained weights would go nowhere, without a word."""
     module, strategy, error = trainer.lightning_module, trainer.strategy, None
-    function, reads = trainer.state.fn, getattr(strategy, "reads_weights", None)
+    before, function, reads = module._trainer, trainer.state.fn, getattr(strategy, "reads_weights", None)
     if trained <= module.state_dict().keys():
         return
     try:
-        trainer.state.fn = TrainerFn.VALIDATING  # no initial values are taken from data
+        module._trainer, trainer.state.fn = trainer, TrainerFn.VALIDATING  # no initial values are taken from data
         if reads is not None:
             strategy.reads_weights = False  # type: ignore[attr-defined]  # nothing would read them later
         module.configure_model()
     except Exception as raised:
         error = raised
     finally:
-        trainer.state.fn = function
+        module._trainer, trainer.state.fn = before, function
         if reads is not None:
             strategy.reads_weights = reads  # type: ignore[attr-defined]
     missing = sorted(trained - module.state_dict().keys())

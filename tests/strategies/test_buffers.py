@@ -1,12 +1,17 @@
 """Buffers: what training may change is the same on all processes, and what it does not is not sent."""
 
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
-from lightning_peft import LoRA, PEFTDDPStrategy, PEFTMixin, VeRA, inject
+from lightning_peft import PEFTCLI, LoRA, PEFTDDPStrategy, PEFTMixin, VeRA, inject
 from lightning_peft.strategies.buffers import moving_buffers
+from lightning_peft.strategies.ddp import _SENDS_BUFFERS
 from lightning_peft.testing import tiny_llama
 
 
@@ -68,7 +73,7 @@ def test_statistics_are_those_of_the_first_process_under_both_strategies(run, tm
     every, found, losses = 2, {}, {}
     for kind in ("ddp", "fsdp", "torch"):
         (tmp_path / kind).mkdir()
-        chosen = PEFTDDPStrategy(start_method="fork", forward_sync_buffers=True) if kind == "torch" else kind
+        chosen = PEFTDDPStrategy(start_method="fork", **{_SENDS_BUFFERS: True}) if kind == "torch" else kind
         done = run(
             chosen, module=WithStatistics(), callbacks=[Statistics(tmp_path / kind)], accumulate_grad_batches=every,
             steps=4 // every,
@@ -103,3 +108,23 @@ def test_what_moves_is_what_is_counted_or_the_users_own():
     assert sum("inv_freq" in name or "vera" in name for name in named.values()) > 0
     plain = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
     assert len(moving_buffers(plain)) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "shares", "sends"),
+    [([], True, False), ([f"{_SENDS_BUFFERS}=true"], False, True), ([f"{_SENDS_BUFFERS}=false"], False, False)],
+)
+def test_a_configuration_file_that_asks_for_nothing_changes_nothing(monkeypatch, asked, shares, sends):
+    monkeypatch.setenv("LIGHTNING_PEFT_DATA", "some/folder")
+    config = Path(__file__).parents[2] / "examples" / "configs" / "quickstart.yaml"
+    arguments = ["timeout=0:05:00", *asked]
+    strategy = PEFTCLI(
+        args=[
+            "--config", str(config), "--trainer.accelerator=cpu", "--trainer.devices=2",
+            "--trainer.strategy.class_path=lightning_peft.PEFTDDPStrategy",
+            *(f"--trainer.strategy.init_args.{one}" for one in arguments),
+        ],
+        run=False,
+    ).trainer.strategy  # fmt: skip
+    assert strategy._timeout == timedelta(minutes=5)
+    assert (strategy.shares_buffers, strategy._ddp_kwargs[_SENDS_BUFFERS]) == (shares, sends)
