@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_peft.adapter_tools.spectra import subspace_similarity as subspace_similarity
     from lightning_peft.calibration import initialize_from_data as initialize_from_data
     from lightning_peft.callbacks import AdapterCheckpoint as AdapterCheckpoint
+    from lightning_peft.callbacks import ForgettingEvaluation as ForgettingEvaluation
     from lightning_peft.callbacks import MergeAdapters as MergeAdapters
     from lightning_peft.callbacks import Phase as Phase
     from lightning_peft.callbacks import PhaseSchedule as PhaseSchedule
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from lightning_peft.data import TextDataModule as TextDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
+    from lightning_peft.evaluation.anchors import AnchorText as AnchorText
+    from lightning_peft.evaluation.budget import ForgettingBudget as ForgettingBudget
+    from lightning_peft.evaluation.forgetting import measure_forgetting as measure_forgetting
     from lightning_peft.families import Fused as Fused
     from lightning_peft.families import ModelFamily as ModelFamily
     from lightning_peft.half_precision import FrozenHalfPrecision as FrozenHalfPrecision
@@ -88,11 +92,12 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.compacter import Compacter as Compacter
     from lightning_peft.plugins.dora import DoRA as DoRA
     from lightning_peft.plugins.eva import EVA as EVA
-    from lightning_peft.plugins.eval_tasks import Perplexity as Perplexity
+    from lightning_peft.plugins.exact_match import ExactMatch as ExactMatch
     from lightning_peft.plugins.full import FullFineTuning as FullFineTuning
     from lightning_peft.plugins.gguf_format import GGUFAdapter as GGUFAdapter
     from lightning_peft.plugins.gguf_format import GGUFFile as GGUFFile
     from lightning_peft.plugins.litgpt_format import LitGPTFile as LitGPTFile
+    from lightning_peft.plugins.lm_eval_harness import LMEvalHarness as LMEvalHarness
     from lightning_peft.plugins.loftq import LoftQ as LoftQ
     from lightning_peft.plugins.lora import LoRA as LoRA
     from lightning_peft.plugins.lora_fa import LoRAFA as LoRAFA
@@ -100,11 +105,14 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.lora_mixture import LoRAMixture as LoRAMixture
     from lightning_peft.plugins.lora_plus import LoRAPlus as LoRAPlus
     from lightning_peft.plugins.loralib_format import LoralibFile as LoralibFile
+    from lightning_peft.plugins.minimal_pairs import MinimalPairs as MinimalPairs
     from lightning_peft.plugins.mix_lora import MixLoRA as MixLoRA
     from lightning_peft.plugins.moe_upcycling import MoEUpcycling as MoEUpcycling
+    from lightning_peft.plugins.multiple_choice import MultipleChoice as MultipleChoice
     from lightning_peft.plugins.norm_tuning import NormTuning as NormTuning
     from lightning_peft.plugins.olora import OLoRA as OLoRA
     from lightning_peft.plugins.p_tuning import PTuning as PTuning
+    from lightning_peft.plugins.perplexity import Perplexity as Perplexity
     from lightning_peft.plugins.pissa import PiSSA as PiSSA
     from lightning_peft.plugins.prefix_tuning import PrefixTuning as PrefixTuning
     from lightning_peft.plugins.prompt_tuning import PromptTuning as PromptTuning
@@ -112,6 +120,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugins.quantizers import FP4 as FP4
     from lightning_peft.plugins.quantizers import NF4 as NF4
     from lightning_peft.plugins.quantizers import Int8 as Int8
+    from lightning_peft.plugins.token_diversity import TokenDiversity as TokenDiversity
     from lightning_peft.plugins.top_layers import TopLayers as TopLayers
     from lightning_peft.plugins.torchtune_format import TorchtuneFile as TorchtuneFile
     from lightning_peft.plugins.trainable_tokens import TrainableTokens as TrainableTokens
@@ -169,6 +178,7 @@ _HOME = {
     "AdapterFormat": "adapter_formats",
     "AdapterInfo": "inventory",
     "AdapterLayer": "adapter_layer",
+    "AnchorText": "evaluation.anchors",
     "Assignment": "routers",
     "BitFit": "plugins.bitfit",
     "Bottleneck": "plugins.bottleneck",
@@ -180,9 +190,12 @@ _HOME = {
     "DoRA": "plugins.dora",
     "EVA": "plugins.eva",
     "EvalTask": "interfaces",
+    "ExactMatch": "plugins.exact_match",
     "Exporter": "interfaces",
     "FP4": "plugins.quantizers",
     "ForeignAdapter": "adapter_formats",
+    "ForgettingBudget": "evaluation.budget",
+    "ForgettingEvaluation": "callbacks",
     "FrozenHalfPrecision": "half_precision",
     "FullFineTuning": "plugins.full",
     "Fused": "families",
@@ -192,6 +205,7 @@ _HOME = {
     "ImageClassificationLoader": "loaders",
     "Injection": "injection",
     "Int8": "plugins.quantizers",
+    "LMEvalHarness": "plugins.lm_eval_harness",
     "LightningPEFTError": "errors",
     "LightningPEFTWarning": "errors",
     "LitGPTFile": "plugins.litgpt_format",
@@ -208,10 +222,12 @@ _HOME = {
     "MergeAdapters": "callbacks",
     "MergeReport": "quantized_merging",
     "Method": "interfaces",
+    "MinimalPairs": "plugins.minimal_pairs",
     "MixLoRA": "plugins.mix_lora",
     "MoEUpcycling": "plugins.moe_upcycling",
     "ModelFamily": "families",
     "ModelLoader": "loaders",
+    "MultipleChoice": "plugins.multiple_choice",
     "MultipleChoiceLoader": "loaders",
     "MultipleChoiceTask": "tasks",
     "NF4": "plugins.quantizers",
@@ -223,7 +239,7 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "PTuning": "plugins.p_tuning",
-    "Perplexity": "plugins.eval_tasks",
+    "Perplexity": "plugins.perplexity",
     "Phase": "callbacks",
     "PhaseSchedule": "callbacks",
     "PiSSA": "plugins.pissa",
@@ -247,6 +263,7 @@ _HOME = {
     "TextDataModule": "data",
     "TokenClassificationLoader": "loaders",
     "TokenClassificationTask": "tasks",
+    "TokenDiversity": "plugins.token_diversity",
     "TopLayers": "plugins.top_layers",
     "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",
@@ -283,6 +300,7 @@ _HOME = {
     "load_adapter": "state",
     "load_adapters": "composition",
     "materialize_adapters": "surgery",
+    "measure_forgetting": "evaluation.forgetting",
     "merge_adapters": "merging",
     "merge_folder": "out_of_core",
     "merged_copy": "merged_copies",

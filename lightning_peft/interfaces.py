@@ -385,6 +385,10 @@ class EvalTask(Named, ABC):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Measure ``model`` as it is now and return the figures by name. The model is left as it was."""
 
+    def compared_by(self) -> tuple[str, bool]:
+        """Return the name of the figure by which two models are compared, and whether more of it is better."""
+        return "loss", False
+
 
 class Exporter(Named, ABC):
     """A format in which a trained model leaves the library. A frozen dataclass, like :class:`Method`."""

@@ -144,14 +144,12 @@ def test_the_test_on_the_page_runs_as_it_stands(tmp_path):
 def test_a_built_in_is_one_file_and_one_line():
     files = {path.stem for path in (PACKAGE / "plugins").glob("*.py")} - {"__init__"}
     assert sorted(DEFAULT_PLUGINS) == sorted(f"lightning_peft.plugins.{name}" for name in files)
-    for name in DEFAULT_PLUGINS:
-        naming = {
-            str(path.relative_to(PACKAGE))
-            for path in PACKAGE.rglob("*.py")
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.Constant) and node.value == name
-        }
-        assert naming == {"registry.py"}
+    naming = {name: set() for name in DEFAULT_PLUGINS}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in naming:
+                naming[node.value].add(str(path.relative_to(PACKAGE)))
+    assert naming == {name: {"registry.py"} for name in DEFAULT_PLUGINS}
 
 
 def names_of_methods():

@@ -43,13 +43,16 @@ def test_importing_the_package_loads_none_of_the_heavy_libraries_and_no_plugin()
 
 def test_transformers_and_bitsandbytes_are_loaded_when_something_needs_them_not_before():
     code = (
-        "import sys, torch; from lightning_peft import LoRA, NF4, PEFTModule, inject, get_registry; get_registry();"
-        "inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRA(rank=1)); print(sorted({'transformers', 'bitsandbytes', 'peft'} & set(sys.modules)))"
+        "import sys, torch; from lightning_peft import ForgettingEvaluation, LoRA, NF4, PEFTModule, inject, get_registry; get_registry();"
+        "inject(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoRA(rank=1));"
+        "print(sorted({'transformers', 'bitsandbytes', 'peft', 'lm_eval', 'datasets'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100).stdout
     # torchmetrics, which lightning needs, looks into transformers by itself where it is installed.
     assert "bitsandbytes" not in out
     assert "peft" not in out
+    assert "lm_eval" not in out
+    assert "datasets" not in out
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

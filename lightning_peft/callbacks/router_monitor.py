@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import adapter_layers
+from lightning_peft.callbacks.figures import figure_class, log_figure
 from lightning_peft.errors import ConfigError, LightningPEFTWarning
 from lightning_peft.injection import adapted_roots
 from lightning_peft.moe.statistics import Routed, RouterReport, RouterStatistics
@@ -29,9 +29,8 @@ class RouterMonitor(Callback):
         moe/<layer>/confidence        probability of a token's likeliest expert, mean
         moe/<layer>/uncovered         share of the tokens that no expert took
 
-    With ``heat_map`` the loads are drawn too, layers by experts: for a logger whose experiment has ``add_figure``, as that of
-    TensorBoard, as the figure ``moe/load``; for the CSVLogger as ``router_load/step=<step>.png`` in its folder; other loggers
-    get numbers only.
+    With ``heat_map`` the loads are drawn too, layers by experts: the figure ``moe/load`` for the loggers of TensorBoard and W&B,
+    ``router_load/step=<step>.png`` for those of MLflow and CSV; other loggers get numbers only.
 
     Args:
         every_n_steps: optimizer steps between two entries; None for as often as the Trainer logs.
@@ -151,13 +150,7 @@ def _release(module: nn.Module) -> None:
 
 def _draw(logger: Logger, loads: dict[str, tuple[float, ...]], step: int) -> None:
     """Hand a logger the heat map of ``loads``, in the way it takes figures, if it does."""
-    experiment = getattr(logger, "experiment", None)
-    if experiment is not None and hasattr(experiment, "add_figure"):
-        experiment.add_figure("moe/load", load_figure(loads), global_step=step)
-    elif isinstance(logger, CSVLogger):
-        folder = Path(logger.log_dir) / "router_load"
-        folder.mkdir(parents=True, exist_ok=True)
-        load_figure(loads).savefig(folder / f"step={step}.png")
+    log_figure(logger, "moe/load", "router_load", lambda: load_figure(loads), step)
 
 
 def load_figure(loads: dict[str, tuple[float, ...]]) -> Any:
@@ -180,10 +173,4 @@ def load_figure(loads: dict[str, tuple[float, ...]]) -> Any:
 
 
 def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "RouterMonitor heat_map=True draws with matplotlib, which is not installed: pip install 'lightning-peft[plot]', or leave heat_map out"
-        ) from error
-    return Figure
+    return figure_class("RouterMonitor heat_map=True", "heat_map")

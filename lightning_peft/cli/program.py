@@ -15,6 +15,7 @@ from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, ins
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.checkpoint_verbs import consolidate
+from lightning_peft.cli.eval_verbs import evaluate
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import convert, generate, merge
 from lightning_peft.errors import LightningPEFTError
@@ -33,6 +34,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "convert": convert,
     "generate": generate,
+    "eval": evaluate,
     "combine": combine,
     "diff": diff,
     "inspect": inspect,
@@ -70,6 +72,12 @@ WORDS: dict[str, dict[str, dict[str, Any]]] = {
             "required": True,
             "help": "One weight for each folder; a negative one takes a task away.",
         },
+    },
+    "eval": {
+        "tasks": {
+            "nargs": "+",
+            "help": "Names of tasks of lm-evaluation-harness, and YAML files that map labels to registered tasks.",
+        }
     },
     "diff": {"a": {"help": "LoRA folder, ours or HF PEFT's."}, "b": {"help": "Another one, of any rank."}},
     "inspect": {"adapter": {"help": "Adapter folder, ours or HF PEFT's."}},

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -59,3 +60,40 @@ def test_too_little_text_and_a_block_of_one_token_are_refused(folder, model):
         Perplexity(path=str(folder / "text.txt"), tokenizer=str(folder)).evaluate(model)
     with pytest.raises(ConfigError, match="Perplexity block_size is too small: 1"):
         Perplexity(path="x", tokenizer="y", block_size=1)
+
+
+def test_rows_are_documents_with_a_separator_before_each(folder, model, tmp_path):
+    rows = [{"a": "b c", "d": "e"}, {"a": "f g", "d": "h"}, {"a": "a", "d": "b"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
+    settings = {"path": str(file), "tokenizer": str(folder), "block_size": 4, "template": "{a} {d}"}
+    ids = torch.tensor([[2, 3, 5, 6]])  # b c e, and the f that follows
+    found = Perplexity(**settings, max_examples=2, max_tokens=4).evaluate(model)
+    assert found["loss"] == pytest.approx(model.eval()(input_ids=ids, labels=ids).loss.item(), abs=1e-6)
+    assert Perplexity(**settings).evaluate(model)["tokens"] == 6  # eight tokens are two blocks
+    with pytest.raises(ConfigError, match=r"has no bos token; give another separator"):
+        Perplexity(**settings, separator="bos").evaluate(model)
+    with pytest.raises(ConfigError, match=r"'x' was asked for, which '.*rows.jsonl' line 1 does not have"):
+        Perplexity(**{**settings, "template": "{x}"}).evaluate(model)
+    file.write_text('{"a": "b"\n')
+    with pytest.raises(ConfigError, match=r"rows.jsonl' line 1 is not JSON"):
+        Perplexity(**settings).evaluate(model)
+    file.write_text("[1]\n")
+    with pytest.raises(ConfigError, match=r"rows.jsonl' line 1 is a JSON list, not an object"):
+        Perplexity(**settings).evaluate(model)
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match=r"has no rows, so there is nothing to measure"):
+        Perplexity(**settings).evaluate(model)
+
+
+def test_a_separator_is_a_token_of_the_tokenizer(data_dir):
+    from lightning_peft import CausalLMLoader
+
+    folder = str(data_dir / "models" / "stories260k")
+    model = CausalLMLoader(path=folder).load()
+    settings = {"path": str(data_dir / "lm" / "tinystories_valid.jsonl"), "tokenizer": folder, "max_tokens": 2048}
+    apart, joined = (Perplexity(**settings, separator=one).evaluate(model) for one in ("bos", "none"))
+    assert apart["loss"] < joined["loss"]  # the model has seen stories begin with it
+    assert apart["loss"] == pytest.approx(1.2968, abs=0.1)  # the published loss on other stories
+    with pytest.raises(ConfigError, match="separator must be one of none, bos, eos, got 'tab'"):
+        Perplexity(**settings, separator="tab")
