@@ -131,10 +131,7 @@ class Adapter(nn.Module, ABC):
         return self.lr_ratios
 
     def tensor_parallel_plan(self, style: str, index: int, count: int) -> Mapping[str, int | None] | None:
-        """Return by parameter which dimension is split where the base's outputs (``colwise``) or inputs (``rowwise``) are; None: refused.
-
-        Forward then sees part ``index`` of ``count``, and what it adds is summed over the parts of inputs. Docs: strategies.md.
-        """
+        """Act on part ``index`` of the ``colwise`` or ``rowwise`` base; return each parameter's split dimension (docs/strategies.md). None: refused."""
         return None
 
     def auxiliary_loss(self) -> Tensor | None:
