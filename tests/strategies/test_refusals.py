@@ -222,9 +222,11 @@ def test_optimizers_of_bitsandbytes_are_refused_sharded(run):
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
-def test_averaging_of_weights_is_refused_sharded(run):
+def test_averaging_of_weights_is_refused_sharded_and_with_checkpoints(run, tmp_path):
     with pytest.raises(ProcessRaisedException, match="ConfigError: EMAWeightAveraging copies the model"):
         run("fsdp", devices=1, steps=1, callbacks=[EMAWeightAveraging()])
+    with pytest.raises(ConfigError, match="EMAWeightAveraging puts the whole averaged model, its base included"):
+        run("single", steps=1, callbacks=[EMAWeightAveraging()], save=tmp_path)
 
 
 @pytest.mark.parametrize("strategy", [PEFTDDPStrategy, PEFTFSDPStrategy])

@@ -154,8 +154,10 @@ def test_a_broken_folder_is_named(tmp_path):
 
 
 def test_another_adapter_is_refused_by_name(run, saved):
-    with pytest.raises(Exception, match="rank|shape|Missing|checkpoint"):
-        run("fsdp", method=LoRA(rank=2), resume=str(saved(run, "single")), lr=1e-3)
+    with pytest.raises(
+        Exception, match="CheckpointMismatchError: adapter 'model:default'.* differ: rank was 4 and is 2"
+    ):
+        run("fsdp", method=LoRA(rank=2, init="gaussian"), resume=str(saved(run, "single")), lr=1e-3)
 
 
 class Midst(Callback):
@@ -170,9 +172,7 @@ class Midst(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize(
-    ("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp folder", "fsdp"), ("half", "half")]
-)
+@pytest.mark.parametrize(("before", "after"), [("fsdp folder", "ddp"), ("ddp", "fsdp"), ("half", "half")])
 def test_a_window_goes_on_in_its_midst(run, tmp_path, before, after):
     fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9, "method": LoRA(rank=4, dropout=0.2)}
 
@@ -206,18 +206,16 @@ class Placed(Callback):
             torch.save(found, self.path)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "fsdp folder"])
-def test_few_rows_are_cut_by_columns_and_go_on_in_other_layouts(run, tmp_path, kind):
+def test_few_rows_are_cut_by_columns_and_go_on_in_other_layouts(run, tmp_path):
     """Of rank 2 among four processes: by rows, half of them would have nothing."""
     fields = {"method": LoRA(rank=2, init="gaussian"), "lr": 1e-3}
     alone = run("ddp", steps=4, **fields)
-    strategy = PEFTFSDPStrategy(start_method="fork", save_distributed_checkpoint=kind == "fsdp folder")
-    run(strategy, devices=4, steps=2, save=tmp_path / "few", callbacks=[Placed(tmp_path / "placed")], **fields)
+    run("fsdp folder", devices=4, steps=2, save=tmp_path / "few", callbacks=[Placed(tmp_path / "placed")], **fields)
     placed = torch.load(tmp_path / "placed")
     assert {name.rpartition(".")[2]: dim for name, (dim, _) in placed.items()} == {"lora_A": 1, "lora_B": 1}
     assert {part for _, part in placed.values()} == {0.25}
     path = tmp_path / "few" / "step=2.ckpt"
-    for after in ("ddp", "single", PEFTFSDPStrategy(start_method="fork", replicate=2)):
+    for after in ("ddp", PEFTFSDPStrategy(start_method="fork", replicate=2)):
         devices = 4 if isinstance(after, PEFTFSDPStrategy) else None
         resumed = run(after, devices=devices, steps=4, resume=str(path), **fields)
         assert relative(resumed.losses, alone.losses[2:]) <= 1e-6
