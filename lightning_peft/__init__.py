@@ -158,6 +158,7 @@ if TYPE_CHECKING:
     from lightning_peft.strategies.ddp import PEFTDDPStrategy as PEFTDDPStrategy
     from lightning_peft.strategies.expert_cost import expert_cost as expert_cost
     from lightning_peft.strategies.fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
+    from lightning_peft.strategies.split_cost import tensor_parallel_bytes as tensor_parallel_bytes
     from lightning_peft.summary import trainable_summary as trainable_summary
     from lightning_peft.surgery import delete_adapter as delete_adapter
     from lightning_peft.surgery import inject as inject
@@ -334,6 +335,7 @@ _HOME = {
     "step_cost": "strategies.cost",
     "subspace_similarity": "adapter_tools.spectra",
     "swap_adapter": "swapping",
+    "tensor_parallel_bytes": "strategies.split_cost",
     "tensors_of": "strategies.cost",
     "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",

@@ -24,6 +24,19 @@ _SAMPLE = 64
 """Elements of a tensor that are kept to recognise a batch."""
 
 
+def place_of(trainer: Trainer | None) -> tuple[int, int, int]:
+    """Return which of how many parts of the data this process trains on, and how many processes side by side train on one part.
+
+    The last is one, but where processes share a model (tensor parallelism).
+    """
+    if trainer is None:
+        return 0, 1, 1
+    dealt = trainer.distributed_sampler_kwargs
+    if dealt is None:
+        return trainer.global_rank, trainer.world_size, 1
+    return int(dealt["rank"]), int(dealt["num_replicas"]), max(1, trainer.world_size // int(dealt["num_replicas"]))
+
+
 def training_loaders(trainer: Trainer) -> list[Any]:
     """Return the loaders that the training batches come from; none before Lightning has set them up."""
     combined = trainer.fit_loop._combined_loader

@@ -28,6 +28,7 @@ from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.data.selection import select_rows
 from lightning_peft.data.sources import FORMATS, Row, read_rows
 from lightning_peft.data.streaming import StreamingDataLoader
+from lightning_peft.data_position import place_of
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number, is_whole
 
@@ -188,7 +189,7 @@ class RowsDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
-        processes, batches = (trainer.world_size, trainer.limit_train_batches) if trainer else (1, None)
+        (rank, processes, _), batches = place_of(trainer), trainer.limit_train_batches if trainer else None
         if self.streaming:
             return self._stream(processes, batches)
         rows = self._named([(name, self._datasets[name, True]) for name in self._train])
@@ -199,7 +200,7 @@ class RowsDataModule(LightningDataModule):
             seed=self.seed,
             shuffle=self.shuffle,
             num_replicas=processes,
-            rank=trainer.global_rank if trainer else 0,
+            rank=rank,
             limit=None if batches is None else batches * self.batch_size,
             lengths=rows.lengths if self.group_by_length else None,  # type: ignore[arg-type]
             group_size=_GROUPED_BATCHES * self.batch_size * processes,

@@ -212,6 +212,8 @@ def checkpoint_activations(module: nn.Module, policy: Iterable[str] | None) -> N
 
     roots = set(map(id, adapted_roots(module)))
     for child in module.children():
+        if next(child.parameters(), None) is None:
+            continue
         if policy is not None or _holds(child, roots):
             for block in blocks_of(child, policy).values():
                 checkpoint(block)

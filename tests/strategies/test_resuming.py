@@ -15,6 +15,9 @@ from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama
 
 KINDS = ["single", "ddp", "fsdp", "fsdp folder"]
+SPLIT = [  # over a group that shares each layer
+    ("single", "tensor"), ("tensor", "fsdp"), ("fsdp folder", "tensor folder"), ("tensor", "tensor folder")
+]  # fmt: skip
 STEPS = 6
 
 
@@ -50,14 +53,16 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(KINDS, KINDS), *SPLIT])
 def test_any_strategy_goes_on_from_any_other(run, saved, whole, before, after):
     path = saved(run, before)
-    assert path.is_dir() == (before == "fsdp folder")
+    assert path.is_dir() == before.endswith("folder")
     resumed = run(after, steps=STEPS, resume=str(path), lr=1e-3)
     alone = whole(run, after)
     losses = alone.losses[STEPS // 2 :]
-    if after == before or {before, after} <= {"fsdp", "fsdp folder", "ddp"}:
+    if any(
+        {before, after} <= alike for alike in ({"single"}, {"fsdp", "fsdp folder", "ddp"}, {"tensor", "tensor folder"})
+    ):
         assert resumed.losses == losses
         assert resumed.state
         assert resumed.state.keys() == alone.state.keys()
@@ -78,8 +83,7 @@ def test_two_processes_then_one_then_two(run, tmp_path):
     assert relative([*middle.losses, *last.losses], alone.losses[2:]) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp folder"])
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize(("kind", "at"), [*itertools.product(["ddp", "fsdp", "fsdp folder"], [2, 3]), ("tensor", 2)])
 def test_a_shuffled_run_with_dropout_goes_on_bit_for_bit(run, tmp_path, kind, at):
     """Within an epoch of three batches, and at its end; each process has random numbers and rows of its own."""
     fields = {"method": LoRA(rank=4, dropout=0.2), "shuffle": True, "lr": 1e-3, "batches": 3}

@@ -12,6 +12,7 @@ from lightning_peft import (
     MergeAdapters,
     MoEUpcycling,
     NormTuning,
+    PEFTFSDPStrategy,
     QLoRA,
     adapter_layers,
     load_adapter,
@@ -80,10 +81,18 @@ class Merging(Callback):
 
 @pytest.mark.filterwarnings("ignore:PEFTModule.configure_model does not make the model")  # it has no adapters any more
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=4, init="gaussian"), DoRA(rank=4), NormTuning()], ids=["lora", "dora", "norms"]
+    ("method", "layout"),
+    [
+        (LoRA(rank=4, init="gaussian"), {}),
+        (LoRA(rank=4, init="gaussian"), {"tensor_parallel": 2}),
+        (DoRA(rank=4), {}),
+        (NormTuning(), {}),
+    ],
+    ids=["lora", "lora 2 x 2", "dora", "norms"],
 )
-def test_each_process_merges_its_part_of_what_one_process_merges(run, tmp_path, method):
-    run("fsdp", method=method, callbacks=[Merging(tmp_path)])
+def test_each_process_merges_its_part_of_what_one_process_merges(run, tmp_path, method, layout):
+    strategy = PEFTFSDPStrategy(start_method="fork", **layout)
+    run(strategy, method=method, devices=4 if layout else 2, steps=2, callbacks=[Merging(tmp_path)])
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     model = tiny_llama()
     load_adapter(model, tmp_path / "adapter")
