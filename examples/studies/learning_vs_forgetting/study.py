@@ -32,6 +32,8 @@ from typing import Any
 
 STEPS, MEASURED_EVERY, SEED = 200, 40, 1
 ROWS, BLOCK = 8, 128
+JUDGED_TOKENS, ANCHOR_TOKENS, PAIRS_OF_A_KIND = 16384, 4096, 15
+TRAINED_TOKENS: int | None = None  # all there are
 
 # Method and the learning rates it is tried at: three around what is common for it.
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
@@ -100,15 +102,17 @@ def carry_out(run: Run, output: Path, steps: int = STEPS) -> float:
     texts, held_out = corpora(run.base, run.corpus, data)
     if not held_out:
         held_out = {"path": str(held_out_part(Path(texts["train"]), texts["val_fraction"], output))}
-    text = partial(lp.Perplexity, tokenizer=model, block_size=BLOCK, batch_size=16, max_tokens=16384)
+    text = partial(lp.Perplexity, tokenizer=model, block_size=BLOCK, batch_size=16, max_tokens=JUDGED_TOKENS)
     stories = {"path": str(data / "lm/tinystories_valid.jsonl"), "separator": "bos"}
     callback = lp.ForgettingEvaluation(
         {
             "stories": text(**stories),
-            "blimp": lp.MinimalPairs(path=str(data / "mc/blimp_dev.jsonl"), tokenizer=model, examples_per_group=15),
+            "blimp": lp.MinimalPairs(
+                path=str(data / "mc/blimp_dev.jsonl"), tokenizer=model, examples_per_group=PAIRS_OF_A_KIND
+            ),
         },
         {run.corpus: text(**held_out, separator="bos" if "template" in held_out else "none")},
-        anchor=lp.AnchorText(**stories, tokenizer=model, max_tokens=4096),
+        anchor=lp.AnchorText(**stories, tokenizer=model, max_tokens=ANCHOR_TOKENS),
         every_n_steps=MEASURED_EVERY,
         output=str(run.file(output).with_suffix("")),
     )
@@ -120,7 +124,9 @@ def carry_out(run: Run, output: Path, steps: int = STEPS) -> float:
         optimizer=partial(torch.optim.AdamW, lr=run.lr, weight_decay=0.0),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_up_and_decay, steps)),
     )
-    batches = lp.TextDataModule(model, **texts, separator="bos", block_size=BLOCK, batch_size=ROWS, seed=SEED)
+    batches = lp.TextDataModule(
+        model, **texts, separator="bos", block_size=BLOCK, batch_size=ROWS, max_train_tokens=TRAINED_TOKENS, seed=SEED
+    )
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
