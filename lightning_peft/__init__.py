@@ -45,7 +45,14 @@ if TYPE_CHECKING:
     from lightning_peft.composition import inject_all as inject_all
     from lightning_peft.composition import load_adapters as load_adapters
     from lightning_peft.composition import save_adapters as save_adapters
+    from lightning_peft.data import ClassificationDataModule as ClassificationDataModule
+    from lightning_peft.data import ImageFolderDataModule as ImageFolderDataModule
+    from lightning_peft.data import InstructionDataModule as InstructionDataModule
+    from lightning_peft.data import MultipleChoiceDataModule as MultipleChoiceDataModule
+    from lightning_peft.data import RowsDataModule as RowsDataModule
+    from lightning_peft.data import Seq2SeqDataModule as Seq2SeqDataModule
     from lightning_peft.data import TextDataModule as TextDataModule
+    from lightning_peft.data import TokenClassificationDataModule as TokenClassificationDataModule
     from lightning_peft.errors import LightningPEFTError as LightningPEFTError
     from lightning_peft.errors import LightningPEFTWarning as LightningPEFTWarning
     from lightning_peft.evaluation.anchors import AnchorText as AnchorText
@@ -143,12 +150,15 @@ if TYPE_CHECKING:
     from lightning_peft.state import adapter_state_dict as adapter_state_dict
     from lightning_peft.state import load_adapter as load_adapter
     from lightning_peft.state import save_adapter as save_adapter
+    from lightning_peft.strategies.clipping import clip_gradients_by_norm as clip_gradients_by_norm
+    from lightning_peft.strategies.clipping import gradient_norm as gradient_norm
     from lightning_peft.strategies.cost import communication_cost as communication_cost
     from lightning_peft.strategies.cost import step_cost as step_cost
     from lightning_peft.strategies.cost import tensors_of as tensors_of
     from lightning_peft.strategies.ddp import PEFTDDPStrategy as PEFTDDPStrategy
     from lightning_peft.strategies.expert_cost import expert_cost as expert_cost
     from lightning_peft.strategies.fsdp import PEFTFSDPStrategy as PEFTFSDPStrategy
+    from lightning_peft.strategies.split_cost import tensor_parallel_bytes as tensor_parallel_bytes
     from lightning_peft.summary import trainable_summary as trainable_summary
     from lightning_peft.surgery import delete_adapter as delete_adapter
     from lightning_peft.surgery import inject as inject
@@ -182,6 +192,7 @@ _HOME = {
     "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
     "CausalLMTask": "tasks",
+    "ClassificationDataModule": "data",
     "ClassificationTask": "tasks",
     "Compacter": "plugins.compacter",
     "DoRA": "plugins.dora",
@@ -200,7 +211,9 @@ _HOME = {
     "GGUFFile": "plugins.gguf_format",
     "Halving": "population",
     "ImageClassificationLoader": "loaders",
+    "ImageFolderDataModule": "data",
     "Injection": "injection",
+    "InstructionDataModule": "data",
     "Int8": "plugins.quantizers",
     "LMEvalHarness": "plugins.lm_eval_harness",
     "LightningPEFTError": "errors",
@@ -225,6 +238,7 @@ _HOME = {
     "ModelFamily": "families",
     "ModelLoader": "loaders",
     "MultipleChoice": "plugins.multiple_choice",
+    "MultipleChoiceDataModule": "data",
     "MultipleChoiceLoader": "loaders",
     "MultipleChoiceTask": "tasks",
     "NF4": "plugins.quantizers",
@@ -249,6 +263,8 @@ _HOME = {
     "ResourceMonitor": "callbacks",
     "Router": "routers",
     "RouterMonitor": "callbacks",
+    "RowsDataModule": "data",
+    "Seq2SeqDataModule": "data",
     "Seq2SeqLoader": "loaders",
     "Seq2SeqTask": "tasks",
     "SequenceClassificationLoader": "loaders",
@@ -258,6 +274,7 @@ _HOME = {
     "Targets": "targets",
     "Task": "tasks",
     "TextDataModule": "data",
+    "TokenClassificationDataModule": "data",
     "TokenClassificationLoader": "loaders",
     "TokenClassificationTask": "tasks",
     "TokenDiversity": "plugins.token_diversity",
@@ -277,6 +294,7 @@ _HOME = {
     "allocated_ranks": "plugins.adalora",
     "analyze_weights": "adapter_tools.spectra",
     "bring_back_adapters": "offloading",
+    "clip_gradients_by_norm": "strategies.clipping",
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",
     "communication_cost": "strategies.cost",
@@ -287,6 +305,7 @@ _HOME = {
     "expert_cost": "strategies.expert_cost",
     "extract_lora": "adapter_tools.conversion",
     "get_registry": "registry",
+    "gradient_norm": "strategies.clipping",
     "hookimpl": "hookspecs",
     "initialize_from_data": "calibration",
     "inject": "surgery",
@@ -316,6 +335,7 @@ _HOME = {
     "step_cost": "strategies.cost",
     "subspace_similarity": "adapter_tools.spectra",
     "swap_adapter": "swapping",
+    "tensor_parallel_bytes": "strategies.split_cost",
     "tensors_of": "strategies.cost",
     "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",

@@ -24,6 +24,19 @@ _SAMPLE = 64
 """Elements of a tensor that are kept to recognise a batch."""
 
 
+def place_of(trainer: Trainer | None) -> tuple[int, int, int]:
+    """Return which of how many parts of the data this process trains on, and how many processes side by side train on one part.
+
+    The last is one, but where processes share a model (tensor parallelism).
+    """
+    if trainer is None:
+        return 0, 1, 1
+    dealt = trainer.distributed_sampler_kwargs
+    if dealt is None:
+        return trainer.global_rank, trainer.world_size, 1
+    return int(dealt["rank"]), int(dealt["num_replicas"]), max(1, trainer.world_size // int(dealt["num_replicas"]))
+
+
 def training_loaders(trainer: Trainer) -> list[Any]:
     """Return the loaders that the training batches come from; none before Lightning has set them up."""
     combined = trainer.fit_loop._combined_loader
@@ -45,22 +58,27 @@ def keeps_its_workers(loader: Any) -> bool:
     return bool(getattr(loader, "persistent_workers", False)) and getattr(loader, "num_workers", 0) > 0
 
 
+def carries_on(loader: Any) -> bool:
+    """Tell whether the state of ``loader`` at the end of an epoch is what its next epoch follows from."""
+    return getattr(loader, "carries_on", False) or _of_torchdata(loader)
+
+
 def _of_torchdata(loader: Any) -> bool:
     return any(kind.__module__.startswith("torchdata.") for kind in type(loader).__mro__)
 
 
 def end_epoch(trainer: Trainer) -> bool:
-    """Bring loaders of torchdata, whose next order follows from the last, to the end of the epoch of a checkpoint.
+    """Bring loaders whose next epoch follows from the last, such as those of torchdata, to the end of the epoch of a checkpoint.
 
     Lightning loads no states there. Returns whether there are such loaders: their next epoch starts with another ``iter``.
     """
     states = trainer.fit_loop._combined_loader_states_to_load
     loaders = training_loaders(trainer)
-    if not all(map(starts_at_once, loaders)) or not any(map(_of_torchdata, loaders)):
+    if not all(map(starts_at_once, loaders)) or not any(map(carries_on, loaders)):
         return False
     if states:  # with max_steps it has loaded them
         for loader, state in zip(loaders, states, strict=True):
-            if _of_torchdata(loader):
+            if carries_on(loader):
                 loader.load_state_dict(state)
         start_iterators(trainer)
     return True

@@ -4,6 +4,7 @@
 
     LightningPEFTError
     ├── ConfigError              (ValueError)    a hyperparameter or argument out of its range
+    │   └── BadRowError                          a row of data that is malformed, empty or too long
     ├── TargetError              (ValueError)    a target that matches nothing, or something the method cannot adapt
     ├── InjectionError           (RuntimeError)  a name taken twice, a module that cannot be wrapped
     ├── AdapterNotFoundError     (LookupError)   no adapter of that name; a model without adapters
@@ -38,6 +39,20 @@ class LightningPEFTError(Exception):
 
 class ConfigError(LightningPEFTError, ValueError):
     """A hyperparameter or an argument is out of its range."""
+
+
+class BadRowError(ConfigError):
+    """A row of data is malformed, empty or too long.
+
+    Args:
+        kind: in one word, ``malformed``, ``empty`` or ``truncated``.
+        where: the file and the line.
+        reason: what is wrong, and what to do.
+    """
+
+    def __init__(self, kind: str, where: str, reason: str) -> None:
+        super().__init__(f"{where} {reason}")
+        self.kind, self.where, self.reason = kind, where, reason
 
 
 class TargetError(LightningPEFTError, ValueError):

@@ -226,16 +226,16 @@ def _given_up(model: nn.Module) -> frozenset[str]:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Return the sampled elements of a tensor; of one that is sharded by rows, zero for those of other processes."""
+    """Return the sampled elements of a tensor; of one that is sharded, zero for those of other processes."""
     here: Any = tensor.detach()
-    if _by_rows(here):
+    if _in_parts(here):
         local = here.to_local()
-        first = compute_local_shape_and_global_offset(here.shape, here.device_mesh, here.placements)[1][0]
-        row = here.numel() // here.shape[0]
-        places = sampled_places(here.numel()).to(local.device) - first * row
-        own = (places >= 0) & (places < local.numel())
-        sample: Tensor = local.new_zeros(len(places))
-        sample[own] = local.reshape(-1)[places[own]]
+        shape, first = compute_local_shape_and_global_offset(here.shape, here.device_mesh, here.placements)
+        place = torch.unravel_index(sampled_places(here.numel()).to(local.device), here.shape)
+        inside = [at - start for at, start in zip(place, first, strict=True)]
+        own = torch.stack([(at >= 0) & (at < size) for at, size in zip(inside, shape, strict=True)]).all(0)
+        sample: Tensor = local.new_zeros(len(own))
+        sample[own] = local[tuple(at[own] for at in inside)]
     else:
         flat: Tensor = (here.full_tensor() if hasattr(here, "full_tensor") else here).reshape(-1)
         sample = flat[sampled_places(flat.numel()).to(flat.device)]
@@ -255,24 +255,24 @@ def _unread(model: nn.Module) -> dict[str, Unread]:
     }
 
 
-def _by_rows(tensor: Any) -> bool:
-    """Tell whether a tensor is sharded over processes by its first dimension, and in no other way."""
+def _in_parts(tensor: Any) -> bool:
+    """Tell whether a tensor is sharded over processes, each of which holds one block of it."""
     placements = getattr(tensor, "placements", ())
-    shards = [placement for placement in placements if not placement.is_replicate()]
-    return len(shards) == 1 and shards[0].is_shard(0) and tensor.shape[0] > 0
+    return any(not one.is_replicate() for one in placements) and tensor.numel() > 0
 
 
 def _put_together(samples: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Return the samples with those elements that other processes hold, in one exchange a mesh."""
-    of_mesh: dict[Any, list[int]] = {}
+    """Return the samples with those elements that other processes hold, in one exchange for each group of them."""
+    of_groups: dict[tuple[Any, ...], list[int]] = {}
     for number, tensor in enumerate(tensors):
         here: Any = tensor
-        if _by_rows(here):
-            dim = next(i for i, placement in enumerate(here.placements) if not placement.is_replicate())
-            of_mesh.setdefault(here.device_mesh.get_group(dim), []).append(number)
-    for group, numbers in of_mesh.items():
+        if _in_parts(here):
+            sharded = [dim for dim, placement in enumerate(here.placements) if not placement.is_replicate()]
+            of_groups.setdefault(tuple(here.device_mesh.get_group(dim) for dim in sharded), []).append(number)
+    for groups, numbers in of_groups.items():
         joined = torch.cat([samples[number] for number in numbers]).float()
-        torch.distributed.all_reduce(joined, group=group)  # every element is zero with all but one
+        for group in groups:
+            torch.distributed.all_reduce(joined, group=group)  # every element is zero with all but one
         parts = torch.split(joined.to(torch.bfloat16), [samples[number].numel() for number in numbers])
         for number, part in zip(numbers, parts, strict=True):
             samples[number] = part

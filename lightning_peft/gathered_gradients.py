@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.sharded_parameters import fsdp_parameters
 
 GRADIENTS = "lightning_peft_gradients"
 """Key of a ``.ckpt`` under which the gathered gradients of all processes stand, by rank."""
@@ -29,18 +31,37 @@ def batches_gathered(trainer: Trainer) -> int:
     return int(loop.batch_progress.current.ready) % every
 
 
-def gradients_are_whole(trainer: Trainer) -> bool:
-    """Tell whether a process holds the gradients of its parameters as tensors of the same shape, not parts of them."""
+def tensors_are_whole(trainer: Trainer) -> bool:
+    """Tell whether a process holds parameters as tensors of their shape, not parts of them."""
     return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+
+
+def gradients_are_whole(trainer: Trainer) -> bool:
+    """Tell whether a process holds the gradients of a window as tensors of the shape of their parameters.
+
+    So it does under FSDP2 too where gradients are not reduced before the last batch of a window.
+    """
+    gathered = gathered_gradients(trainer.lightning_module)
+    return tensors_are_whole(trainer) or not any(isinstance(gradient, DTensor) for gradient in gathered.values())
 
 
 def gathered_gradients(module: LightningModule) -> dict[str, Tensor]:
     """Return the gradients that are there by the names of their parameters; with fp16, scaled as the loss is."""
-    return {
-        name: parameter.grad.detach()
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad and parameter.grad is not None
-    }
+    unreduced = {id(parameter): _unreduced(known) for parameter, known in fsdp_parameters(module)}
+    found = {}
+    for name, parameter in module.named_parameters():
+        gradient = parameter.grad if parameter.grad is not None else unreduced.get(id(parameter))
+        if parameter.requires_grad and gradient is not None:
+            found[name] = gradient.detach()
+    return found
+
+
+def _unreduced(known: Any) -> Tensor | None:
+    """Return the gradient of a window that FSDP2 has not reduced yet."""
+    if known.unsharded_accumulated_grad is not None:
+        found: Tensor | None = known.unsharded_accumulated_grad
+        return found
+    return getattr(getattr(known, "_unsharded_param", None), "grad", None)
 
 
 def restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:
@@ -57,9 +78,13 @@ def restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor]) 
                 f"the checkpoint holds a gathered gradient {list(gradient.shape)} of {name!r}, here it is {here}; resume with what was trained "
                 "before"
             )
+    sharded = {id(parameter): known for parameter, known in fsdp_parameters(module)}
     for name, parameter in trained.items():
-        stored = gradients.get(name)
-        parameter.grad = None if stored is None else _like(stored, parameter)
+        stored, known = gradients.get(name), sharded.get(id(parameter))
+        if known is None:
+            parameter.grad = None if stored is None else _like(stored, parameter)
+        else:  # FSDP2 adds the batches to come to it, as autograd would
+            known.unsharded_accumulated_grad = None if stored is None else stored.to(known.device).contiguous()
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from collections.abc import Generator
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.plugins import HalfPrecision, Precision
+from lightning.pytorch.plugins import BitsandbytesPrecision, HalfPrecision, Precision
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import AdapterLayer
+from lightning_peft.errors import ConfigError
 
 
 class FrozenHalfPrecision(HalfPrecision):
@@ -77,7 +78,16 @@ class FrozenHalfPrecision(HalfPrecision):
 
 
 def keeping_adapters(plugin: Precision) -> Precision:
-    """Return a plugin of the same precision that does not round what is trained: ``plugin`` itself, if it does not."""
+    """Return a plugin of the same precision that does not round what is trained: ``plugin`` itself, if it does not.
+
+    Raises:
+        ConfigError: it is Lightning's ``BitsandbytesPrecision``, which quantises adapters too, and freezes them without a word.
+    """
+    if isinstance(plugin, BitsandbytesPrecision):
+        raise ConfigError(
+            "BitsandbytesPrecision quantises every linear layer, those of adapters too, which then are not trained; leave it out, and let the "
+            "method quantise the base (QLoRA), or load a base that is quantised"
+        )
     if type(plugin) is HalfPrecision:
         return FrozenHalfPrecision(plugin.precision)
     return plugin

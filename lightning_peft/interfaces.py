@@ -130,6 +130,10 @@ class Adapter(nn.Module, ABC):
         """Return parameter name to the factor of its learning rate, for parameters where that is not one."""
         return self.lr_ratios
 
+    def tensor_parallel_plan(self, style: str, index: int, count: int) -> Mapping[str, int | None] | None:
+        """Act on part ``index`` of the ``colwise`` or ``rowwise`` base; return each parameter's split dimension (docs/strategies.md). None: refused."""
+        return None
+
     def auxiliary_loss(self) -> Tensor | None:
         """Return a scalar that training adds to the loss, such as a penalty on the parameters; None for nothing."""
         return None
@@ -247,10 +251,7 @@ class Method(Named, ABC):
         return None
 
     def loaded_over(self, model: nn.Module) -> Method:
-        """Return the method as which a saved adapter goes into ``model``: this one, or another that fits that base.
-
-        Called when a folder is loaded, before :meth:`prepare`.
-        """
+        """Return the method as which a saved adapter goes into ``model``, before :meth:`prepare`: this one, or another that fits it."""
         return self
 
     def expand(self, model: nn.Module, targets: Sequence[Target], family: ModelFamily) -> Sequence[Target]:

@@ -19,6 +19,7 @@ from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection import record
 from lightning_peft.saved_modules import SavedParameters
+from lightning_peft.sharded_parameters import has_shards
 
 PAIR_NAMES = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
 """The name of A in a file, for a linear layer and for an embedding, to that of B."""
@@ -100,7 +101,7 @@ def updates_in(model: nn.Module, name: str, *, without_saved: bool = False) -> U
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
-        ConfigError: the adapter is something else than low-rank updates, or has values that are not finite.
+        ConfigError: the adapter is something else than low-rank updates, has values that are not finite, or is sharded.
     """
     injection, what = record(model, name), f"adapter {name!r}"
     if injection.method.exact_packed_base:
@@ -112,6 +113,11 @@ def updates_in(model: nn.Module, name: str, *, without_saved: bool = False) -> U
     for path, adapter in adapters_named(model, name).items():
         if isinstance(adapter, SavedParameters) and without_saved:
             continue
+        if has_shards(adapter):
+            raise ConfigError(
+                f"{what} is sharded over processes at {path!r}, and none holds it whole; read it from the folder that AdapterCheckpoint writes, or in "
+                "all processes inside whole_adapters() of lightning_peft.sharded_tensors"
+            )
         if isinstance(adapter, SavedParameters):
             raise ConfigError(f"{what} trains {path!r} in full (modules_to_save), which is no low-rank update")
         if isinstance(adapter, LowRankExperts):

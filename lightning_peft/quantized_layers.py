@@ -6,14 +6,20 @@ of bitsandbytes.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
-from lightning_peft.errors import TargetError
+from lightning_peft.errors import InjectionError, LightningPEFTWarning, TargetError
 from lightning_peft.interfaces import Quantizer
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import is_conv1d_linear
 
+_TOLD = "_lightning_peft_misread_told"
+"""Attribute of a layer of which a warning has said that it is read back wrongly."""
 _MARK = "_lightning_peft_quantized_as"
 """Attribute of a layer that was quantised here: the name of the quantizer."""
 
@@ -44,6 +50,39 @@ def packed_layers(model: nn.Module, *, original: bool = False) -> dict[str, nn.M
         if is_packed(module):
             found[path] = module
     return found
+
+
+def make_trainable_over(packed: Mapping[str, nn.Module]) -> None:
+    """Have layers that bitsandbytes packed stay as they are in every mode, on CPUs on which it would repack them in a forward in eval mode.
+
+    Args:
+        packed: layers by path.
+
+    Raises:
+        InjectionError: one is repacked already: training would go past it without gradients, and a merge read garbage.
+    """
+    misread = []
+    for path, module in packed.items():
+        state: Any = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise InjectionError(
+                f"{path!r} was quantised by bitsandbytes and repacked for inference in a forward in eval mode, which cannot be trained "
+                "over; load the base again and inject before its first forward"
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
+        size = getattr(state, "blocksize", None)
+        here = isinstance(module.weight, Tensor) and module.weight.device.type == "cpu"
+        if size and here and state.shape[-1] % size and _TOLD not in vars(module):
+            misread.append(path)
+            vars(module)[_TOLD] = True
+    if misread:
+        warnings.warn(
+            f"on a CPU bitsandbytes reads back wrong weights where the width of a layer is not a multiple of its block size: "
+            f"{', '.join(misread[:20])} ({len(misread)}). Load the base unquantised, and QLoRA will leave these layers as they are",
+            LightningPEFTWarning,
+            stacklevel=4,
+        )
 
 
 def quantizer_name(module: nn.Module) -> str | None:

@@ -60,10 +60,10 @@ def state_for(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
         set_random_state(now)
 
 
-def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the ``state`` of every process by rank. All of them must call this."""
+def of_all_processes(state: dict[str, Any], each: int = 1) -> list[dict[str, Any]]:
+    """Return the ``state`` of every process by rank, of so many side by side that of the first. All of them must call this."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [state]
     states: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(states, state)
-    return states
+    return states[::each]

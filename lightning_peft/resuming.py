@@ -62,11 +62,12 @@ class ExactResume(_Host):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the state of the random number generators, the position in the data and gathered gradients."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[RANDOM_STATES] = of_all_processes(self._before_validation or random_state())
+        _, _, each = position.place_of(getattr(self, "_trainer", None))
+        checkpoint[RANDOM_STATES] = of_all_processes(self._before_validation or random_state(), each)
         if getattr(self, "_trainer", None) is None:
             return
         if self.trainer.state.fn == "fit" and position.training_loaders(self.trainer):
-            checkpoint[POSITIONS] = of_all_processes(self._position())
+            checkpoint[POSITIONS] = of_all_processes(self._position(), each)
         self._save_gradients(checkpoint)
 
     def _position(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class ExactResume(_Host):
             return
         self._warn(
             f"this checkpoint is saved after {gathered} of {self.trainer.accumulate_grad_batches} batches whose gradients are accumulated; "
-            f"{type(self.trainer.strategy).__name__} shards them, so it does not hold them and a run that resumes from it is not exact. Save at "
+            f"{type(self.trainer.strategy).__name__} splits them, so it does not hold them and a run that resumes from it is not exact. Save at "
             "a multiple of accumulate_grad_batches"
         )
 
@@ -114,11 +115,11 @@ class ExactResume(_Host):
                 f"the checkpoint has no {RANDOM_STATES!r} entry to resume from: it is damaged"
             )
         within_epoch = not _at_end_of_epoch(checkpoint.get("loops", {}))
-        states, rank, processes = checkpoint[RANDOM_STATES], self.trainer.global_rank, self.trainer.world_size
-        self._resume_gradients = plain_gradients(checkpoint.get(GRADIENTS), rank, processes)
+        states, (rank, processes, each) = checkpoint[RANDOM_STATES], position.place_of(self.trainer)
+        self._resume_gradients = plain_gradients(checkpoint.get(GRADIENTS), rank, processes) if each == 1 else None
         if GRADIENTS in checkpoint and self._resume_gradients is None:
             self._warn(
-                f"the checkpoint holds the gathered gradients of {len(checkpoint[GRADIENTS])} processes and this run has {processes}, so they are "
+                f"the checkpoint holds the gathered gradients of {len(checkpoint[GRADIENTS])} processes and this run has {self.trainer.world_size}, so they are "
                 "left out; resume with as many processes to go on exactly"
             )
         self._resume_from, self._resume_within_epoch = state_for(states, rank), within_epoch

@@ -31,6 +31,16 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def fsdp_parameters(model: nn.Module) -> list[tuple[nn.Parameter, Any]]:
+    """Return the sharded parameters of ``model`` with what FSDP2 knows of each, which holds the gradients of a window as they are summed."""
+    found: list[tuple[nn.Parameter, Any]] = []
+    for module in model.modules():
+        state: Any = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        found += [(known.sharded_param, known) for group in groups if group is not None for known in group.fsdp_params]
+    return found
+
+
 def merged_whole(adapter: Any, base_layer: nn.Module) -> dict[str, Tensor]:
     """Return ``adapter.merged_parameters(base_layer)``, of whole tensors: sharded ones are gathered for it, by all processes."""
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Adapter, Method, Target
 from lightning_peft.offloading import forget_offloaded
+from lightning_peft.quantized_layers import make_trainable_over, packed_layers
 from lightning_peft.registry import get_registry
 from lightning_peft.rows import refuse_in_rows
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
@@ -154,6 +155,8 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         )
     _overrides(model, injection.method, injection.targets, family)
     prepare_base(model, [injection], family)
+    if not records(model):
+        make_trainable_over(packed_layers(model))
     modules = dict(base_modules(model))
     # Everything that can fail comes before the model changes.
     made = [(modules[path], adapter) for path, adapter in new_adapters(model, injection, family).items()]
@@ -217,7 +220,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for layer in layers.values():
         layer.delete(name)
         if not layer.adapters:
-            put_in_place(layer.base_layer, parents[id(layer)])
+            _take_out(layer, parents)
     _keep_torch_encoders_calling(model)
     records(model).pop(name, None)
     forget_offloaded(model, name)
@@ -229,12 +232,19 @@ def adapters_taken_out(model: nn.Module) -> Iterator[nn.Module]:
     layers = list(adapter_layers(model).values())
     parents = parents_of(model)
     for layer in layers:
-        put_in_place(layer.base_layer, parents[id(layer)])
+        _take_out(layer, parents)
     try:
         yield model
     finally:
         for layer in layers:
             put_in_place(layer, parents[id(layer)])
+
+
+def _take_out(layer: AdapterLayer, parents: Mapping[int, Sequence[tuple[nn.Module, str]]]) -> None:
+    """Put the base back where ``layer`` stands; what has the layer run in parts (tensor parallelism) has the base run so."""
+    put_in_place(layer.base_layer, parents[id(layer)])
+    if hand_over := vars(layer).get("hand_over"):
+        hand_over(layer.base_layer)
 
 
 def unload_adapters(model: nn.Module) -> nn.Module:
@@ -252,7 +262,7 @@ def unload_adapters(model: nn.Module) -> nn.Module:
         )
     parents = parents_of(model)
     for layer in layers.values():
-        put_in_place(layer.base_layer, parents[id(layer)])
+        _take_out(layer, parents)
     _keep_torch_encoders_calling(model)
     records(model).clear()
     forget_offloaded(model)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_peft.batch_parts import IGNORED
+from lightning_peft.data_position import place_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.gathered_gradients import GRADIENTS, plain_gradients
 
@@ -94,6 +95,7 @@ class TokenWeighting(_Host):
         trainer = getattr(self, "_trainer", None)
         if trainer is None or TOKENS not in checkpoint:
             return
-        if plain_gradients(checkpoint.get(GRADIENTS), trainer.global_rank, trainer.world_size) is not None:
-            here = checkpoint[TOKENS] if trainer.global_rank == 0 else 0.0
+        rank, processes, each = place_of(trainer)
+        if each == 1 and plain_gradients(checkpoint.get(GRADIENTS), rank, processes) is not None:
+            here = checkpoint[TOKENS] if rank == 0 else 0.0
             self._window_tokens = torch.tensor(here, device=self.device)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft import PEFTCLI, CausalLMLoader, TextDataModule, adapter_layers, load_adapter
+from lightning_peft import PEFTCLI, CausalLMLoader, RowsDataModule, adapter_layers, load_adapter
 from lightning_peft.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
@@ -23,7 +23,10 @@ def working_directory(tmp_path, monkeypatch):
 
 def test_there_are_configurations():
     assert {file.name for file in CONFIGS.iterdir()} >= {
+        "classification.yaml",
+        "continued_pretraining.yaml",
         "hub_llama.yaml",
+        "instructions.yaml",
         "qlora.yaml",
         "quickstart.yaml",
         "stories260k_e2e.yaml",
@@ -36,7 +39,7 @@ def test_a_configuration_is_accepted(config, monkeypatch):
     monkeypatch.setenv(DATA, "some/folder")
     # Everything is made, and nothing is run or loaded.
     cli = PEFTCLI(args=["--config", str(config), "--trainer.accelerator=cpu", "--trainer.devices=1"], run=False)
-    assert isinstance(cli.datamodule, TextDataModule)
+    assert isinstance(cli.datamodule, RowsDataModule)
     assert cli.datamodule.val_names
     assert cli.config.model.lr_scheduler.init_args.T_max == cli.trainer.max_steps
     assert cli.config.model.base.init_args.path == cli.datamodule.tokenizer
@@ -63,6 +66,8 @@ def test_a_configuration_runs(config, working_directory):
     few = ["max_steps=1", "limit_val_batches=1", "val_check_interval=1", "log_every_n_steps=1"]
     few += ["accelerator=cpu", "enable_progress_bar=false"]
     small = ["max_train_tokens=8192", "max_val_tokens=1024"]
+    if "TextDataModule" not in config.read_text(encoding="utf-8"):
+        small = ["max_train_rows=200", "max_val_rows=8"]
     options = [*(f"--trainer.{option}" for option in few), *(f"--data.init_args.{option}" for option in small)]
     options += SHORTER.get(config.stem, [])
     assert main(["fit", "--config", str(config), *options]) in (0, None)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.dropped_parts import dropped_part
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -67,6 +68,8 @@ class LowRankAdapter(Adapter):
     bias: nn.Parameter | None
     paddable: ClassVar[bool] = False
     """Whether rows of zeros may be added to the pairs; not inherited, since a descendant may hold more than pairs."""
+    input_part: tuple[int, int] | None = None
+    """Which of how many equal parts of the input's features forward sees, under tensor parallelism."""
     in_file: tuple[int, float] | None = None
     """Rank and scaling in an adapter file, where the pairs are padded with zeros or have taken another scaling in."""
 
@@ -184,6 +187,15 @@ class LowRankLinear(LowRankAdapter):
         return {"lora_A": RankAxis(0, max(1, len(self.slices))), "lora_B": RankAxis(0, up=True)}
 
     @override
+    def tensor_parallel_plan(self, style: str, index: int, count: int) -> Mapping[str, int | None] | None:
+        kind, own = type(self), LowRankLinear
+        plain = kind.forward is own.forward and kind._update is own._update and kind.factors is own.factors
+        if not plain or self.slices or self.transposed or set(self._parameters) != {"lora_A", "lora_B"}:
+            return None
+        self.input_part = (index, count) if style == "rowwise" else None
+        return {"lora_A": 1, "lora_B": None} if style == "rowwise" else {"lora_A": None, "lora_B": 1}
+
+    @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
         self.reset_down(*torch.split(self.lora_A, self.rank))
         nn.init.zeros_(self.lora_B)
@@ -195,9 +207,9 @@ class LowRankLinear(LowRankAdapter):
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
-            return self.add_bias(y).view(*x.shape[:-1], self.out_features)
+            return self.add_bias(y).view(*x.shape[:-1], y.shape[-1])
         y = base(x)
-        y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, self.out_features), in_place=False).view(y.shape)
+        y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), in_place=False).view(y.shape)
         return self.add_bias(y)
 
     def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
@@ -231,7 +243,7 @@ class LowRankLinear(LowRankAdapter):
     def _update(self, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor:
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+            x = dropped_part(x, self.dropout, self.input_part)
         A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:

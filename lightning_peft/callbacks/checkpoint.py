@@ -8,16 +8,15 @@ from pathlib import Path
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from typing_extensions import override
 
 from lightning_peft.callbacks.durable_io import DurableCheckpointIO
 from lightning_peft.checkpoint_manifest import roots_by_path
 from lightning_peft.composition import save_adapters
-from lightning_peft.errors import AdapterNotFoundError
+from lightning_peft.errors import AdapterNotFoundError, ConfigError
 from lightning_peft.fingerprint import remembered
-from lightning_peft.gathered_gradients import gradients_are_whole
+from lightning_peft.gathered_gradients import tensors_are_whole
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.model_card import CARD, CardFacts
 from lightning_peft.sharded_tensors import whole_adapters
@@ -39,14 +38,21 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that would save its whole base."""
+        """Refuse what would save the whole base."""
         if not isinstance(pl_module, PEFTMixin):
             raise AdapterNotFoundError(
                 f"AdapterCheckpoint needs a PEFTModule, or a LightningModule with PEFTMixin before it in its bases; {type(pl_module).__name__} "
                 "has neither and would write the whole base model into every checkpoint"
             )
-        whole_files = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-        if whole_files and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        averaging = [
+            callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, WeightAveraging)
+        ]
+        if averaging and stage == "fit":
+            raise ConfigError(
+                f"{type(averaging[0]).__name__} puts the whole averaged model, its base included, into every checkpoint, and no run resumes from one; leave "
+                "it or AdapterCheckpoint out"
+            )
+        if tensors_are_whole(trainer) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = DurableCheckpointIO()
         super().setup(trainer, pl_module, stage)
 
@@ -55,7 +61,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
         module = trainer.lightning_module
         assert isinstance(module, PEFTMixin)
-        if gradients_are_whole(trainer):  # as all tensors are
+        if tensors_are_whole(trainer):
             if trainer.is_global_zero:
                 _save_adapters(module, adapter_folder(filepath), _facts(trainer))
             return

@@ -15,6 +15,7 @@ from lightning_peft.cli.adapter_verbs import combine, convert_to_lora, diff, ins
 from lightning_peft.cli.arguments import PlainParser
 from lightning_peft.cli.base_verbs import fingerprint
 from lightning_peft.cli.checkpoint_verbs import consolidate
+from lightning_peft.cli.data_verbs import preview
 from lightning_peft.cli.eval_verbs import evaluate
 from lightning_peft.cli.listings import methods, plugins
 from lightning_peft.cli.model_verbs import convert, generate, merge
@@ -42,6 +43,7 @@ OWN_VERBS: dict[str, Callable[..., None]] = {
     "to-lora": convert_to_lora,
     "fingerprint": fingerprint,
     "consolidate": consolidate,
+    "preview": preview,
     "methods": methods,
     "plugins": plugins,
 }

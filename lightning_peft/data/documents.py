@@ -1,4 +1,4 @@
-"""Documents in local files: a ``.txt`` file is one, each row of a ``.jsonl`` file is one.
+"""Documents in files: a ``.txt`` file is one, each row of any other file is one.
 
 A template says how a row becomes text: ``{field}`` stands for the value of that field, ``{{`` and ``}}`` for braces.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.sources import Row, read_rows
+from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -40,33 +40,46 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 def read_documents(path: str, template: str = "{text}") -> Iterator[str]:
-    """Yield the documents of a ``.txt`` or ``.jsonl`` file; blank lines of a ``.jsonl`` are skipped.
+    """Yield the documents of a file; blank lines are skipped, and a bad row is refused.
 
     Args:
-        path: the file, UTF-8.
-        template: how a row of a ``.jsonl`` becomes text.
+        path: a ``.txt``, which is one document, or a ``.jsonl``, ``.csv`` or ``.parquet``, each row of which is one.
+        template: how a row becomes text.
 
     Raises:
         ConfigError: no such file, another kind of file, a malformed row, a field that a row does not have.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(
-            f"there is no text file {path!r}; relative paths start at the working directory, which is {str(Path.cwd())!r}"
-        )
-    if file.suffix not in (".txt", ".jsonl"):
-        raise ConfigError(f"{path!r} is neither .txt nor .jsonl; convert it, or rename it if it is one of them")
     pieces = parse_template(template)
-    try:
-        if file.suffix == ".txt":
-            yield file.read_text(encoding="utf-8")
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _render(pieces, template, _row(line, path, number), path, number)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path!r} is not UTF-8 text: {error}") from error
+    for row in read_rows(path, BadRows("raise"), whole_text=True):
+        yield row.values["text"] if is_whole_text(row) else render(pieces, template, row)
+
+
+def is_whole_text(row: Row) -> bool:
+    """Tell whether a row is a whole ``.txt``, which no template applies to."""
+    return row.source.endswith(".txt")
+
+
+def render(pieces: list[tuple[str, str | None]], template: str, row: Row) -> str:
+    """Return the text of a row by the pieces of a template; a value that is no text is written as JSON.
+
+    Raises:
+        BadRowError: the row lacks a field.
+    """
+    text = []
+    for literal, field in pieces:
+        text.append(literal)
+        if field is None:
+            continue
+        if field not in row.values:
+            raise BadRowError(
+                "malformed",
+                row.where,
+                f"does not have the field {field!r} that the template {template!r} names"
+                f"{did_you_mean(field, row.values) or '.'} The row has: {', '.join(row.values) or 'no fields'}",
+            )
+        value = row.values[field]
+        text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return "".join(text)
 
 
 def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
@@ -84,31 +97,6 @@ def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str
         return [text[:cut]], [text[cut:]]
     kept = len(documents) - max(1, round(len(documents) * fraction))
     return documents[:kept], documents[kept:]
-
-
-def _row(line: str, path: str, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path!r} line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"{path!r} line {number} is a JSON {type(row).__name__}, not an object with fields")
-    return row
-
-
-def _render(pieces: list[tuple[str, str | None]], template: str, row: dict[str, Any], path: str, number: int) -> str:
-    text = []
-    for literal, field in pieces:
-        text.append(literal)
-        if field is None:
-            continue
-        if field not in row:
-            raise ConfigError(
-                f"template {template!r} names the field {field!r}, which {path!r} line {number} does not have"
-                f"{did_you_mean(field, row)} The row has: {', '.join(row) or 'no fields'}"
-            )
-        text.append(row[field] if isinstance(row[field], str) else json.dumps(row[field], ensure_ascii=False))
-    return "".join(text)
 
 
 def _placeholder(field: str | None, spec: str | None, conversion: str | None) -> str:

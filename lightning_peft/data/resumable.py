@@ -12,7 +12,7 @@ position counts the batches that were handed out, not those that worker processe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -23,28 +23,10 @@ from typing_extensions import override
 from lightning_peft.errors import ConfigError
 
 
-class ResumableSampler(DistributedSampler[int]):
-    """The order in which one process reads a dataset, from a position on.
+class EpochPosition:
+    """An epoch, and a position in it."""
 
-    It is a ``DistributedSampler``, so Lightning leaves it in place when several processes train. Each process gets
-    the same number of samples; up to ``num_replicas - 1`` are left out of an epoch, others in each.
-
-    Args:
-        dataset: what is read; only its length is used.
-        seed: with the epoch, decides the order.
-        shuffle: shuffle each epoch; otherwise the order is that of the dataset.
-        num_replicas: number of processes.
-        rank: which of them this is.
-        limit: samples of an epoch that this process reads before the next one begins, as under
-            ``Trainer(limit_train_batches=...)``; all if None. It only tells a resumed run whether an epoch was finished.
-
-    Example:
-        >>> sampler = ResumableSampler(range(5), shuffle=False)
-        >>> sampler.position = 3
-        >>> list(sampler), len(sampler)
-        ([3, 4], 5)
-    """
-
+    epoch: int
     position: int
     """Samples of this epoch that this process has handed out."""
     told: int
@@ -52,28 +34,6 @@ class ResumableSampler(DistributedSampler[int]):
     resuming: bool
     """A state was loaded, and nothing was handed out since."""
 
-    def __init__(
-        self,
-        dataset: Sized,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
-        limit: int | None = None,
-    ) -> None:
-        super().__init__(
-            dataset,  # type: ignore[arg-type]
-            num_replicas=num_replicas,
-            rank=rank,
-            shuffle=shuffle,
-            seed=seed,
-            drop_last=True,
-        )
-        self.limit = len(self) if limit is None else min(limit, len(self))
-        self.position, self.told, self.resuming = 0, 0, False
-
-    @override
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of ``epoch``, or stay at the position if that was told before.
 
@@ -88,6 +48,55 @@ class ResumableSampler(DistributedSampler[int]):
         """Go to the start of a later epoch."""
         self.epoch, self.position = self.epoch + epochs, 0
 
+
+class ResumableSampler(EpochPosition, DistributedSampler[int]):
+    """The order in which one process reads a dataset, from a position on.
+
+    It is a ``DistributedSampler``, so Lightning leaves it in place when several processes train. Each process gets
+    the same number of samples; up to ``num_replicas - 1`` are left out of an epoch, others in each.
+
+    Args:
+        dataset: what is read; only its length is used.
+        seed: with the epoch, decides the order.
+        shuffle: shuffle each epoch; otherwise the order is that of the dataset.
+        num_replicas: number of processes.
+        rank: which of them this is.
+        limit: samples of an epoch that this process reads before the next one begins, as under
+            ``Trainer(limit_train_batches=...)``; all if None. It only tells a resumed run whether an epoch was finished.
+        lengths: length of each sample; samples of like length then come together, ``group_size`` at a time.
+        group_size: samples that are ordered by length at once, such as some batches of them; groups are drawn at random.
+
+    Example:
+        >>> sampler = ResumableSampler(range(5), shuffle=False)
+        >>> sampler.position = 3
+        >>> list(sampler), len(sampler)
+        ([3, 4], 5)
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+        limit: int | None = None,
+        lengths: Sequence[int] | None = None,
+        group_size: int = 0,
+    ) -> None:
+        super().__init__(
+            dataset,  # type: ignore[arg-type]
+            num_replicas=num_replicas,
+            rank=rank,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=True,
+        )
+        self.limit = len(self) if limit is None else min(limit, len(self))
+        self.position, self.told, self.resuming = 0, 0, False
+        self.lengths, self.group_size = None if lengths is None else torch.as_tensor(lengths), group_size
+
     @override
     def __iter__(self) -> Iterator[int]:
         size = len(self.dataset)  # type: ignore[arg-type]
@@ -96,6 +105,9 @@ class ResumableSampler(DistributedSampler[int]):
             order = torch.randperm(size, generator=generator)
         else:
             order = torch.arange(size)
+        if self.lengths is not None:
+            groups = torch.split(order, max(1, self.group_size))
+            order = torch.cat([group[self.lengths[group].argsort(descending=True, stable=True)] for group in groups])
         return iter(order[self.rank : self.total_size : self.num_replicas][self.position :].tolist())
 
 
@@ -156,8 +168,9 @@ class ResumableDataLoader(DataLoader[Any]):
         sampler = self.sampler
         if not isinstance(sampler, ResumableSampler) or not state_dict:
             return
-        for name, here in self._order(sampler).items():
-            there = state_dict.get(name)
+        here_all = self._order(sampler)
+        for name in [*here_all, *(state_dict.keys() - here_all.keys() - {"epoch", "position"})]:
+            here, there = here_all.get(name), state_dict.get(name)
             if there != here:
                 raise ConfigError(
                     f"the checkpoint was saved in the middle of data with {name}={there!r}, here it is {here!r}; resume "
@@ -173,4 +186,5 @@ class ResumableDataLoader(DataLoader[Any]):
             "shuffle": int(sampler.shuffle),
             "batch_size": self.batch_size or 1,
             "processes": sampler.num_replicas,
+            **({} if sampler.lengths is None else {"group_size": sampler.group_size}),
         }

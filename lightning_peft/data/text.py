@@ -1,36 +1,39 @@
-"""Local text for causal language models, packed into full rows.
+"""Text for causal language models, packed into full rows.
 
 ::
 
     document 1     document 2                 separator "bos"
     <s> a b c d    <s> e f g h i j    ...
     └── row 0 ──┘└── row 1 ──┘└── row 2       rows of block_size tokens; what does not fill a row at the end is left out
+    0 1 2 3 4 0    1 2 0 1 2 3                positions with document_mask: they begin anew with each document and each row
 """
 
 from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
-import torch
-from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.data.documents import hold_out, parse_template, read_documents
-from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
-from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.batch_parts import IGNORED
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.collating import DocumentMask, FullRowCollator, PackedCollator
+from lightning_peft.data.documents import hold_out, is_whole_text, parse_template, render
+from lightning_peft.data.examples import Example
+from lightning_peft.data.rows_module import TRAIN, Split
+from lightning_peft.data.sources import Row
+from lightning_peft.data.tokenized import TokenizedDataModule
+from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
+from lightning_peft.field_checks import is_number
 
 _DOCUMENTS_AT_ONCE = 512
+_REPLAY = "replay"
 
 
-class TextDataModule(LightningDataModule):
-    """Train and evaluate a causal language model on local ``.txt`` and ``.jsonl`` files.
+class TextDataModule(TokenizedDataModule):
+    """Train and evaluate a causal language model on running text: continued pretraining.
 
     Batches are ``{"input_ids": (batch, block_size), "labels": the same}``; the model shifts the labels itself, as the
     models of transformers do. The training loader resumes exactly, also in the middle of an epoch. Where ``train`` names
@@ -38,11 +41,11 @@ class TextDataModule(LightningDataModule):
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
-        train: file to train on: a ``.txt``, which is one document, or a ``.jsonl``, each row of which is one. Several files,
+        train: file to train on: a ``.txt``, which is one document, or any other, each row of which is one. Several files,
             ``{name: file}``, train an adapter each, that of the name; validation sets of that name are read by it, others
             by the base alone.
         val: file to evaluate on, or several by name, ``{name: file}``. A file without a name gets that of its stem.
-        template: how a row of a ``.jsonl`` becomes text: ``{field}`` stands for the value of the field. Where files
+        template: how a row becomes text: ``{field}`` stands for the value of the field. Where files
             differ, ``{name: template}`` for ``train``, or its names, and the names of ``val``; ``"{text}"`` where none is given.
         separator: token between documents. ``bos`` puts the tokenizer's bos token before each one (Llama; GPT-2, whose
             bos and eos are the same), ``eos`` its eos token after each, ``none`` nothing. Take the one that the model was
@@ -50,22 +53,25 @@ class TextDataModule(LightningDataModule):
         block_size: tokens in a row.
         batch_size: rows in a batch of training.
         val_batch_size: rows in a batch of evaluation; ``batch_size`` if None.
-        val_fraction: hold out so much of the end of ``train``. It becomes the first validation set, named as the stem of the file;
-            of several files, each its own, named as the file is.
+        val_fraction: hold out so much of ``train``, at its end unless ``split`` says otherwise. It becomes the first
+            validation set, named as the stem of the file; of several files, each its own, named as the file is.
         max_train_tokens: train only on so many tokens of each file; on all if None.
         max_val_tokens: evaluate only on so many tokens of each validation set; on all if None.
-        seed: with the epoch, decides the order of the rows.
-        shuffle: shuffle the training rows each epoch.
-        num_workers: processes that load batches; 0 for none, which is fastest for text in memory.
+        document_mask: whether documents in a row see each other: ``none`` lets them, ``positions`` and ``dense`` do not, as with
+            :class:`InstructionDataModule`.
+        replay: file of text that the model was pretrained on, mixed into training in rows of its own; its name in
+            ``template`` is ``replay``.
+        replay_share: the share of them among the rows of training.
+        options: arguments of :class:`RowsDataModule`.
 
     Raises:
         ConfigError: an argument is out of range, or a file is not what it should be.
     """
 
-    val_names: list[str]
-    """Names of the validation sets, in the order of the data loaders. ``test`` measures the same sets."""
-    test_names: list[str]
-    """The same as ``val_names``."""
+    default_split: ClassVar[Split] = "end"
+    whole_text: ClassVar[bool] = True
+    left_over: dict[str, int]
+    """Tokens at the end of each set that fill no row, by its name."""
 
     def __init__(
         self,
@@ -80,113 +86,178 @@ class TextDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         max_train_tokens: int | None = None,
         max_val_tokens: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        num_workers: int = 0,
+        document_mask: DocumentMask | Literal["none"] = "none",
+        replay: str | None = None,
+        replay_share: float = 0.1,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        _check_range("block_size", block_size, 2)
-        _check_range("batch_size", batch_size, 1)
-        _check_range("seed", seed, 0)
-        _check_range("num_workers", num_workers, 0)
-        for name, value, least in (
-            ("val_batch_size", val_batch_size, 1),
-            ("max_train_tokens", max_train_tokens, block_size),
-            ("max_val_tokens", max_val_tokens, block_size),
-        ):
-            if value is not None:
-                _check_range(name, value, least)
-        if not isinstance(val_fraction, (int, float)) or not 0.0 <= val_fraction < 1.0:
-            raise ConfigError(f"TextDataModule val_fraction must lie in [0, 1), got {val_fraction!r}")
+        sizes = {"batch_size": batch_size, "val_batch_size": val_batch_size, "val_fraction": val_fraction}
+        self.check_whole(2, block_size=block_size)
+        super().__init__(tokenizer, train, val, **sizes, **options)
+        limits = {"max_train_tokens": max_train_tokens, "max_val_tokens": max_val_tokens}
+        self.check_whole(block_size, **{name: value for name, value in limits.items() if value is not None})
         if separator not in ("bos", "eos", "none"):
             raise ConfigError(f"TextDataModule separator must be one of bos, eos, none, got {separator!r}")
-        self.tokenizer, self.train, self.separator = tokenizer, train, separator
-        self._by_adapter = not isinstance(train, str)
-        self._train = {_TRAIN: train} if isinstance(train, str) else dict(train)
-        if not self._train:
-            raise ConfigError("TextDataModule train must be a file, or several by the names of adapters, got none")
-        self.val = {Path(val).stem: val} if isinstance(val, str) else dict(val or {})
-        self.block_size, self.batch_size, self.val_batch_size = block_size, batch_size, val_batch_size or batch_size
-        self.val_fraction, self.max_train_tokens, self.max_val_tokens = val_fraction, max_train_tokens, max_val_tokens
-        self.seed, self.shuffle, self.num_workers = seed, shuffle, num_workers
-        self.val_names = self.test_names = self._names()
-        self.templates = self._templates(template)
-        self._rows: dict[tuple[str, bool], Tensor] = {}  # of a set by its name, and whether it is trained on
-
-    # -- Lightning's hooks -----------------------------------------------------------------------------------------
-
-    @override
-    def prepare_data(self) -> None:
-        """Fetch the tokenizer, in one process only."""
-        self._load_tokenizer()
-
-    @override
-    def setup(self, stage: str | None = None) -> None:
-        """Read, tokenise and pack what ``stage`` needs."""
-        tokenizer = None
-        wanted = [(name, True) for name in self._train if stage in (None, "fit")]
-        for name, trained in wanted + [(name, False) for name in self.val_names]:
-            if (name, trained) not in self._rows:
-                tokenizer = tokenizer or self._load_tokenizer()
-                limit = self.max_train_tokens if trained else self.max_val_tokens
-                self._rows[name, trained] = self._pack(name, trained, tokenizer, limit)
-
-    @override
-    def train_dataloader(self) -> ResumableDataLoader:
-        rows, trainer = self._named([(name, self._rows[name, True]) for name in self._train]), self.trainer
-        processes, batches = (trainer.world_size, trainer.limit_train_batches) if trainer else (1, None)
-        if isinstance(batches, float):
-            batches = int(batches * -(-(len(rows) // processes) // self.batch_size))
-        sampler = ResumableSampler(
-            rows,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            num_replicas=processes,
-            rank=trainer.global_rank if trainer else 0,
-            limit=None if batches is None else batches * self.batch_size,
-        )
-        return ResumableDataLoader(rows, sampler=sampler, batch_size=self.batch_size, **self._loading())  # type: ignore[arg-type]
-
-    @override
-    def val_dataloader(self) -> list[DataLoader[Any]]:
-        return [
-            DataLoader(
-                self._named([(name if name in self._train else None, self._rows[name, False])]),  # type: ignore[arg-type]
-                batch_size=self.val_batch_size,
-                **self._loading(),
+        if document_mask not in ("none", "positions", "dense"):
+            raise ConfigError(
+                f"TextDataModule document_mask must be one of none, positions, dense, got {document_mask!r}"
             )
-            for name in self.val_names
-        ]
+        self.separator, self.block_size, self.document_mask = separator, block_size, document_mask
+        self.max_train_tokens, self.max_val_tokens = max_train_tokens, max_val_tokens
+        self.replay, self.replay_share, self.left_over = replay, replay_share, {}
+        self._check_text()
+        self.templates = self._templates(template)
+
+    # -- rows ------------------------------------------------------------------------------------------------------
 
     @override
-    def test_dataloader(self) -> list[DataLoader[Any]]:
-        return self.val_dataloader()
+    def prepare(self) -> None:
+        super().prepare()
+        self._around()
 
-    def _named(self, parts: Sequence[tuple[str | None, Tensor]]) -> Tensor | _RowsOfAdapters:
-        """Return the rows of all parts, each with the name of its part where batches name adapters."""
-        return _RowsOfAdapters(parts) if self._by_adapter else parts[0][1]
+    @override
+    def read(self, name: str, source: str, bad_rows: BadRows, *, split: str = TRAIN) -> Iterator[Row]:
+        """Yield the documents of a file, as rows with the field ``text``."""
+        template = self.templates.get(name, "{text}")
+        pieces = parse_template(template)
+        for row in super().read(name, source, bad_rows, split=split):
+            try:
+                text = row.values["text"] if is_whole_text(row) else render(pieces, template, row)
+                if not text.strip():
+                    raise BadRowError("empty", row.where, "has no text")
+            except BadRowError as error:
+                bad_rows.note(error)
+            else:
+                yield Row({"text": text}, row.source, row.line)
 
-    # -- reading ---------------------------------------------------------------------------------------------------
+    @override
+    def split_rows(self, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        if len(rows) != 1:
+            return super().split_rows(rows)
+        (kept,), (held_out,) = hold_out([rows[0].values["text"]], self.val_fraction)
+        return [Row({"text": kept}, rows[0].source, 1)], [Row({"text": held_out}, rows[0].source, 1)]
 
-    def _names(self) -> list[str]:
-        held_out = [self._stem(name) for name in self._train] if self.val_fraction else []
-        for name in held_out:
-            if name in self.val:
+    @override
+    def examples(self, rows: Iterable[Row], name: str, trained: bool, bad_rows: BadRows) -> Iterator[Example]:
+        limit = self.max_train_tokens if trained else self.max_val_tokens
+        packed = self._packed(rows, name, trained, limit)
+        return self._with_replay(packed, bad_rows) if trained and self.replay is not None else packed
+
+    @override
+    def example(self, row: Row, bad_rows: BadRows) -> Example:
+        """Return the tokens of one document."""
+        before, after = self._around()
+        ids = self.loaded_tokenizer(row.values["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        return {"input_ids": before + ids + after}
+
+    @override
+    def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
+        if self.document_mask == "none":
+            return FullRowCollator()
+        return PackedCollator(self.pad_id, self.document_mask)
+
+    @override
+    def shown(self, example: Example) -> list[tuple[str, bool]]:
+        return super().shown({"labels": example["input_ids"], **example})
+
+    @override
+    def source_of(self, name: str, trained: bool) -> str:
+        """Return the file that a set comes from, or that of ``replay``."""
+        return self.replay if name == _REPLAY and self.replay is not None else super().source_of(name, trained)
+
+    # -- packing ---------------------------------------------------------------------------------------------------
+
+    def _packed(self, rows: Iterable[Row], name: str, trained: bool, limit: int | None) -> Iterator[Example]:
+        """Yield full rows of the tokens of all documents, the first ``limit`` of them."""
+        before, after = self._around()
+        ids, starts, total, made = array("i"), array("b"), 0, 0
+        documents = iter(rows)
+        at_once = 1 if self.streaming and trained else _DOCUMENTS_AT_ONCE
+        while chunk := [row.values["text"] for row in itertools.islice(documents, at_once)]:
+            for document in self._tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+                whole = before + document + after
+                whole = whole if limit is None else whole[: limit - total]
+                total += len(whole)
+                ids.extend(whole)
+                starts.extend([1] + [0] * (len(whole) - 1) if whole else [])
+            done = len(ids) // self.block_size * self.block_size
+            for start in range(0, done, self.block_size):
+                made += 1
+                yield self._row(ids[start : start + self.block_size], starts[start : start + self.block_size])
+            del ids[:done], starts[:done]
+            if total == limit:
+                break
+        self.left_over[name] = len(ids)
+        if not made and not self.streaming:
+            raise ConfigError(
+                f"{self.source_of(name, trained)!r} gives {total} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
+                "lower block_size or give more text"
+            )
+
+    def _row(self, ids: array[int], starts: array[int]) -> Example:
+        if self.document_mask == "none":
+            return {"input_ids": ids.tolist()}
+        positions, labels = array("i"), array("i")
+        for one, begins in zip(ids, starts, strict=True):
+            first = not positions or bool(begins)
+            positions.append(0 if first else positions[-1] + 1)
+            labels.append(IGNORED if first else one)
+        return {"input_ids": ids.tolist(), "labels": labels.tolist(), "position_ids": positions.tolist()}
+
+    def _with_replay(self, examples: Iterator[Example], bad_rows: BadRows) -> Iterator[Example]:
+        """Yield examples with rows of ``replay`` between them, of which ``replay_share`` are; they begin anew where they end."""
+        share, replayed = self.replay_share, 0
+        replay = self._replay_rows(bad_rows)
+        for given, example in enumerate(examples, start=1):
+            yield example
+            while replayed + 1 <= share * (given + replayed + 1):
+                yield next(replay)
+                replayed += 1
+
+    def _replay_rows(self, bad_rows: BadRows) -> Iterator[Example]:
+        while True:
+            # Bad rows are told of in the first round only.
+            rows = self.read(_REPLAY, str(self.replay), bad_rows)
+            yield from self._packed(rows, _REPLAY, True, None)
+            bad_rows = BadRows("report")
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """Return the tokens before and after a document."""
+        if self.separator == "none":
+            return [], []
+        tokenizer = self.loaded_tokenizer
+        token = tokenizer.bos_token_id if self.separator == "bos" else tokenizer.eos_token_id
+        if token is None:
+            other = "eos" if self.separator == "bos" else "bos"
+            raise ConfigError(
+                f"separator={self.separator!r}, but the tokenizer {self.tokenizer!r} has no {self.separator} token; "
+                f"use separator={other!r} or 'none'"
+            )
+        return ([token], []) if self.separator == "bos" else ([], [token])
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_text(self) -> None:
+        if self.replay is not None:
+            if not is_number(self.replay_share) or not 0 < self.replay_share < 1:
+                raise ConfigError(f"TextDataModule replay_share must lie in (0, 1), got {self.replay_share!r}")
+            if self._by_adapter:
                 raise ConfigError(
-                    f"val has a set named {name!r}, which is also the name of what val_fraction holds out; rename the one in val"
+                    "replay is mixed into one file, and train names several; leave replay out, or name it in train"
                 )
-        names = [*held_out, *self.val]
-        for name in names:
-            if not name or "/" in name or (name == _TRAIN and name in self.val):
-                raise ConfigError(f"{name!r} cannot be the name of a validation set; choose another name in val")
-        return names
-
-    def _stem(self, name: str) -> str:
-        """Return the name of what is held out of a file of ``train``."""
-        return name if self._by_adapter else Path(self._train[name]).stem
+        if self.group_by_length:
+            raise ConfigError("TextDataModule fills every row, so there are no lengths; leave group_by_length out")
+        if self.streaming:
+            if self.max_train_tokens is not None:
+                raise ConfigError("streaming=True has no count of tokens; give max_train_rows for max_train_tokens")
+            for source in (*self._train.values(), self.replay or ""):
+                if source.endswith(".txt"):
+                    raise ConfigError(
+                        f"{source!r} is one document, which is read at once; leave streaming out, or make it a .jsonl"
+                    )
 
     def _templates(self, template: str | Mapping[str, str]) -> dict[str, str]:
-        names = list(dict.fromkeys([*self._train, *self.val]))
+        names = list(dict.fromkeys([*self._train, *self.val, *([_REPLAY] if self.replay else [])]))
         if isinstance(template, str):
             template = dict.fromkeys(names, template)
         for name, value in template.items():
@@ -197,93 +268,3 @@ class TextDataModule(LightningDataModule):
                 )
             parse_template(value)
         return {name: template.get(name, "{text}") for name in names}
-
-    def _load_tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.tokenizer)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no tokenizer can be loaded from {self.tokenizer!r}; give the folder of one, or a hub id and a network. "
-                f"transformers says: {error}"
-            ) from error
-
-    def _documents(self, name: str, trained: bool) -> Iterable[str]:
-        if not trained and name in self.val:
-            return read_documents(self.val[name], self.templates[name])
-        of = name if trained else next(file for file in self._train if self._stem(file) == name)
-        documents = read_documents(self._train[of], self.templates[of])
-        if not self.val_fraction:
-            return documents
-        return hold_out(list(documents), self.val_fraction)[0 if trained else 1]
-
-    def _pack(self, name: str, trained: bool, tokenizer: Any, limit: int | None) -> Tensor:
-        """Return the rows (rows, block_size) of a set, int32."""
-        separator = self._separator(tokenizer)
-        before, after = (separator, []) if self.separator == "bos" else ([], separator)
-        ids = array("i")
-        documents = iter(self._documents(name, trained))
-        while chunk := list(itertools.islice(documents, _DOCUMENTS_AT_ONCE)):
-            for document in tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
-                ids.extend(before + document + after)
-            if limit is not None and len(ids) >= limit:
-                del ids[limit:]
-                break
-        rows = len(ids) // self.block_size
-        if not rows:
-            path = self.val[name] if not trained and name in self.val else self.train
-            raise ConfigError(
-                f"{path!r} gives {len(ids)} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
-                "lower block_size or give more text"
-            )
-        return torch.frombuffer(ids, dtype=torch.int32)[: rows * self.block_size].clone().view(rows, self.block_size)
-
-    def _separator(self, tokenizer: Any) -> list[int]:
-        if self.separator == "none":
-            return []
-        token = tokenizer.bos_token_id if self.separator == "bos" else tokenizer.eos_token_id
-        if token is None:
-            other = "eos" if self.separator == "bos" else "bos"
-            raise ConfigError(
-                f"separator={self.separator!r}, but the tokenizer {self.tokenizer!r} has no {self.separator} token; "
-                f"use separator={other!r} or 'none'"
-            )
-        return [token]
-
-    def _loading(self) -> dict[str, Any]:
-        # A generator of its own: a new epoch of data must not advance the random numbers of the training.
-        return {
-            "collate_fn": _collate,
-            "num_workers": self.num_workers,
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-
-
-_TRAIN = "train"
-
-
-class _RowsOfAdapters:
-    """Rows of several parts, each row with the name of its part."""
-
-    def __init__(self, parts: Sequence[tuple[str | None, Tensor]]) -> None:
-        self.rows = torch.cat([rows for _, rows in parts])
-        self.names = [name for name, rows in parts for _ in range(len(rows))]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
-        return self.rows[index], self.names[index]
-
-
-def _collate(rows: list[Any]) -> dict[str, Any]:
-    named = not isinstance(rows[0], Tensor)
-    ids = torch.stack([row[0] for row in rows] if named else rows).long()  # (batch, block)
-    column = {ADAPTER_COLUMN: [row[1] for row in rows]} if named else {}
-    return {"input_ids": ids, "labels": ids.clone(), **column}
-
-
-def _check_range(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"TextDataModule {name} must be an integer of at least {least}, got {value!r}")

@@ -105,7 +105,9 @@ class GGUFAdapter(Exporter):
         except AdapterMismatchError as error:
             raise ExportError(str(error)) from error
         except ConfigError as error:
-            raise ExportError(f"a GGUF file holds low-rank updates of weights and nothing else: {error}") from error
+            raise ExportError(
+                f"a GGUF file holds low-rank updates of weights that are at hand, and nothing else: {error}"
+            ) from error
         if updates.tied:
             raise ExportError(
                 f"adapter {self.adapter!r} gives the weights of {sorted(updates.tied)} one update, and llama.cpp has no update for an embedding "

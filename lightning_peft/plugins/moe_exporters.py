@@ -28,6 +28,7 @@ from lightning_peft.errors import ConfigError, ExportError, LightningPEFTWarning
 from lightning_peft.field_checks import bytes_in
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Exporter
+from lightning_peft.merging import refuse_shards
 from lightning_peft.moe import export_check
 from lightning_peft.moe.mixtures import Mixture, as_top_k, routed_by
 from lightning_peft.moe.routing import Router
@@ -72,6 +73,7 @@ class TransformersMoE(Exporter):
 
     @override
     def export(self, model: nn.Module, path: Path) -> None:
+        refuse_shards(model, f"{type(self).__name__} cannot write {str(path)!r}")
         places = acting_mixtures(model)
         rules = {place: as_top_k(one.rule) if self.as_top_k else one.rule for place, one in places.items()}
         shape, format = self._planned(model, places, rules)
@@ -144,6 +146,7 @@ class MixtralPEFT(Mixtral):
 
     @override
     def export(self, model: nn.Module, path: Path) -> None:
+        refuse_shards(model, f"{type(self).__name__} cannot write {str(path)!r}")
         places = acting_mixtures(model)
         rules = {place: one.rule for place, one in places.items()}
         shape, format = self._planned(model, places, rules)

@@ -17,7 +17,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 from typing_extensions import override
@@ -29,7 +29,7 @@ from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Method, Quantizer
 from lightning_peft.layer_preparation import LayerPreparation, prepare_layers
 from lightning_peft.plugins.lora import LoRA
-from lightning_peft.quantized_layers import mark_packed, packed_layers, quantizer_name
+from lightning_peft.quantized_layers import make_trainable_over, mark_packed, packed_layers, quantizer_name
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import Targets, is_fused_experts, is_linear, matches, resolve_targets
 from lightning_peft.unpackable_layers import unpackable_layers
@@ -157,31 +157,12 @@ class QLoRA(LoRA):
 
     def _adopt(self, packed: Mapping[str, nn.Module]) -> None:
         """Take a base that is quantised already, if it can be trained over."""
-        misread = []
-        for path, module in packed.items():
-            state: Any = getattr(module.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                raise InjectionError(
-                    f"{path!r} was quantised by bitsandbytes and repacked for inference in a forward in eval mode, which cannot be trained "
-                    "over; load the base again and inject before its first forward"
-                )
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                vars(module)["support_avx512bf16_for_cpu"] = False  # never repack, see the quantizers
-            size = getattr(state, "blocksize", None)
-            if size and module.weight.device.type == "cpu" and state.shape[-1] % size:
-                misread.append(path)
+        make_trainable_over(packed)
         found = {quantizer_name(module) or self.quantization for module in packed.values()}
         if self.quantization not in found:
             warnings.warn(
                 f"{type(self).__name__} with quantization={self.quantization!r} was asked for, but the base is quantised as {', '.join(sorted(found))} "
                 "already and stays as it is; load it unquantised, or name its quantization",
-                LightningPEFTWarning,
-                stacklevel=3,
-            )
-        if misread:
-            warnings.warn(
-                f"on a CPU bitsandbytes reads back wrong weights where the width of a layer is not a multiple of its block size: "
-                f"{', '.join(misread[:20])} ({len(misread)}). Load the base unquantised, and QLoRA will leave these layers as they are",
                 LightningPEFTWarning,
                 stacklevel=3,
             )

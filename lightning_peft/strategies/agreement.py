@@ -21,6 +21,7 @@ from lightning_peft.adapter_layer import AdapterLayer
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import to_json
 from lightning_peft.injection import adapted_roots, records
+from lightning_peft.strategies.buffers import moving_buffers
 
 _SHOWN = 4
 
@@ -102,6 +103,7 @@ def share_values(strategy: ParallelStrategy, module: LightningModule) -> None:
 def _drawn(module: LightningModule) -> Iterator[Tensor]:
     """Yield the tensors of ``module`` that may have been drawn at random, each once; none that is sharded or has no values yet."""
     found: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    found += moving_buffers(module)
     for layer in module.modules():
         if isinstance(layer, AdapterLayer):
             found += [*layer.adapters.parameters(), *layer.adapters.buffers()]

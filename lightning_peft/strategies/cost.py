@@ -9,8 +9,9 @@ gathered, G the bytes of the gradients of what is trained, and rings, in which a
     peft_fsdp, reshard_after_forward=False  (W + G) (N - 1) / N
     peft_fsdp, replicate=R, S = N / R       (2 W + G) (S - 1) / S  +  2 G / S (R - 1) / R
 
-A frozen base has no gradients, so G is that of adapters alone. FSDP2 cuts a tensor by its rows, and pads it to a multiple of the
-processes that share it: a matrix of 16 rows takes part with the bytes of 1,000 rows among 1,000 processes.
+A frozen base has no gradients, so G is that of adapters alone. A tensor is cut by its rows, and padded to a multiple of the processes that
+share it; where that adds more than an eighth and another dimension is such a multiple, by that one. Where none is, a matrix of 16 rows
+takes part with the bytes of 1,000 rows among 1,000 processes.
 
 References:
     Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009; Zhao et al., "PyTorch FSDP",
@@ -20,7 +21,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,14 +31,32 @@ DDP_BUCKET = 25 * 2**20
 """Bytes of gradients that DDP reduces in one go."""
 
 
+def cut_dimension(shape: Sequence[int], processes: int) -> int:
+    """Return the dimension along which ``processes`` share a tensor of that shape under ``peft_fsdp``.
+
+    It is the first, which FSDP2 pads, or the largest that needs no padding, if padding would add more than an eighth.
+
+    Example:
+        >>> cut_dimension((4096, 4096), 16), cut_dimension((8, 4096), 16), cut_dimension((8, 4096), 1000)
+        (0, 1, 0)
+    """
+    rows = shape[0] if shape else 1
+    if math.ceil(rows / processes) * processes * 8 <= rows * 9:
+        return 0
+    even = [dim for dim, size in enumerate(shape) if dim and size and size % processes == 0]
+    return max(even, key=lambda dim: shape[dim], default=0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tensors:
     """Tensors of a model that are alike, ``count`` of them."""
 
     rows: int
-    """The first dimension, along which FSDP2 cuts."""
+    """The first dimension."""
     columns: int = 1
     """The product of the other dimensions."""
+    others: tuple[int, ...] = ()
+    """The other dimensions one by one, if there are several."""
     count: int = 1
     bytes_per_element: float = 2.0
     """As stored."""
@@ -46,12 +65,14 @@ class Tensors:
     reduce_bytes: float | None = None
     """Bytes of an element of its gradient when it is reduced; as stored if None."""
     role: Literal["frozen", "trained", "buffer", "constant"] = "frozen"
-    """A buffer is whole in each process and sent out by DDP in each step; a constant, such as the scales of a packed weight, only whole."""
+    """A buffer is whole in each process and sent out in each step; a constant, such as the scales of a packed weight, only whole."""
     unit: int | None = None
     """Which unit of FSDP2 it belongs to; None for the one around all others: embeddings, head, last norm."""
 
     def elements(self, processes: int = 1) -> int:
         """Return the elements of all ``count`` tensors, padded to what ``processes`` share equally."""
+        if cut_dimension((self.rows, *(self.others or (self.columns,))), processes):
+            return self.count * self.rows * self.columns
         return self.count * math.ceil(self.rows / processes) * processes * self.columns
 
     def stored(self, processes: int = 1) -> float:
@@ -191,9 +212,13 @@ def step_cost(
         ahead = max(1, prefetch)  # FSDP2 by itself gathers the next unit while one runs
         cost = _sharded(held, *groups, passes=2 if reshard_after_forward else 1, together=1 + ahead)
     sharing = 1 if strategy == "peft_ddp" else processes // replicate
+    buffers = sum(one.stored() for one in held if one.role == "buffer") * (processes > 1)
     trained = [one for one in held if one.role == "trained"]
     return replace(
         cost,
+        broadcast_bytes=buffers,
+        collectives=cost.collectives + bool(buffers),
+        seconds=cost.seconds + _Group(processes, 1, per_node, links).seconds(buffers, 1),
         weight_bytes=sum(one.stored(sharing if one.role in ("frozen", "trained") else 1) for one in held),
         gradient_bytes=sum(one.stored(sharing) for one in trained),
         optimizer_bytes=sum(one.elements(sharing) / sharing for one in trained) * optimizer_bytes,
@@ -201,17 +226,15 @@ def step_cost(
 
 
 def _replicated(held: list[Tensors], group: _Group) -> Cost:
-    """Return what DDP sends: gradients in buckets, which it also keeps, and buffers."""
+    """Return what DDP sends: gradients in buckets, which it also keeps."""
     gradients = sum(one.reduced(1) for one in held if one.role == "trained")
-    buffers = sum(one.stored() for one in held if one.role == "buffer")
     if group.size == 1:
         return Cost()
     buckets, sent = math.ceil(gradients / DDP_BUCKET), 2 * gradients * group.part()
     return Cost(
         reduced_bytes=sent,
-        broadcast_bytes=buffers,
-        collectives=buckets + bool(buffers),
-        seconds=group.seconds(sent, 2 * buckets) + group.seconds(buffers, 1),
+        collectives=buckets,
+        seconds=group.seconds(sent, 2 * buckets),
         working_bytes=gradients,
     )
 
@@ -262,7 +285,8 @@ def communication_cost(
         trained: elements of what is trained, beside it.
         bytes_per_parameter: of the base as it is stored and gathered; 2 for bfloat16, 0.5 for NF4.
         trained_bytes: of a trained element.
-        rank: rows of the trained matrices, which FSDP2 pads to a multiple of the processes; hardly any padding if None.
+        rank: rows of the trained matrices, which are padded where the number of processes divides neither them nor their width; hardly any
+            padding if None.
         units: blocks of the model, over which everything is spread evenly.
         processes: in all.
         per_node: how many of them share a host.
@@ -313,6 +337,7 @@ def tensors_of(model: Any, *, gather_bytes: float | None = None, reduce_bytes: f
         gather_bytes: of an element of a floating-point weight when it is gathered, as ``gather_dtype`` has it; as stored if None.
         reduce_bytes: of an element of a gradient when it is reduced, as ``reduce_dtype`` has it; as stored if None.
     """
+    from lightning_peft.strategies.buffers import moving_buffers
     from lightning_peft.strategies.sharding import blocks_of
 
     owner: dict[int, int] = {}
@@ -328,10 +353,12 @@ def tensors_of(model: Any, *, gather_bytes: float | None = None, reduce_bytes: f
         for state in (packing, getattr(packing, "state2", None)):
             scales = [getattr(state, name, None) for name in ("absmax", "code", "offset")]
             found += [_described(scale, role="constant") for scale in scales if scale is not None]
-    return found + [_described(tensor, role="buffer") for tensor in model.buffers()]
+    moving = set(map(id, moving_buffers(model)))
+    return found + [_described(one, role="buffer" if id(one) in moving else "constant") for one in model.buffers()]
 
 
 def _described(tensor: Any, **more: Any) -> Tensors:
     rows = tensor.shape[0] if tensor.dim() else 1
     columns = tensor.numel() // max(1, rows)
-    return Tensors(rows=rows, columns=columns, bytes_per_element=tensor.element_size(), **more)
+    others = tuple(tensor.shape[1:]) if tensor.dim() > 2 else ()
+    return Tensors(rows=rows, columns=columns, others=others, bytes_per_element=tensor.element_size(), **more)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.half_precision import keeping_adapters
-from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
-from lightning_peft.strategies.agreement import check_agreement
-from lightning_peft.strategies.ending import end_others
-from lightning_peft.strategies.launching import ForkedLauncher
+from lightning_peft.strategies.adapted import AdaptedStrategy
+from lightning_peft.strategies.agreement import check_agreement, share_values
+
+_SENDS_BUFFERS = next(  # the older name, which torch 2.13 deprecates
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
-class PEFTDDPStrategy(DDPStrategy):
+class PEFTDDPStrategy(AdaptedStrategy, DDPStrategy):
     """DDP that holds a whole adapted model in each process and averages the gradients of what is trained.
 
     The processes compare what they are about to train before the first step, ``bf16-true`` does not round adapters, and checkpoints
@@ -28,7 +31,8 @@ class PEFTDDPStrategy(DDPStrategy):
     parameters is needed.
 
     Args:
-        kwargs: those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``.
+        kwargs: those of Lightning's ``DDPStrategy`` and of ``DistributedDataParallel``. With ``broadcast_buffers`` DDP sends all buffers
+            or none; without it, the strategy sends those that training may change.
 
     Raises:
         ConfigError: ``find_unused_parameters=True`` was asked for.
@@ -42,40 +46,18 @@ class PEFTDDPStrategy(DDPStrategy):
                 "find_unused_parameters=True was asked for, but adapters need it only where a batch chooses them by rows; then take Lightning's "
                 "'ddp_find_unused_parameters_true'"
             )
+        asked = [kwargs.get(name) for name in ("broadcast_buffers", "forward_sync_buffers")]
+        self.shares_buffers = all(one is None for one in asked)  # a configuration file fills in what is left out
+        if self.shares_buffers:
+            kwargs[_SENDS_BUFFERS] = False
         super().__init__(**kwargs)
-
-    @override
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if isinstance(self._launcher, _MultiProcessingLauncher):
-            self._launcher = ForkedLauncher(self, start_method=self._launcher._start_method)
-
-    @override
-    def setup_environment(self) -> None:
-        self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
-        super().setup_environment()
 
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         check_agreement(self, self.lightning_module)
+        share_values(self, self.lightning_module)
         super().setup(trainer)
-
-    @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
-            end_others(self.launcher)
-
-    @override
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with balanced_over(self.world_size):
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
-            return super().backward(closure_loss, *args, **kwargs)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.strategies.cost import Tensors, check_counts, step_cost
@@ -88,7 +89,7 @@ def expert_cost(
     check_counts(hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, layers=layers)
     check_counts(tokens=tokens, processes=processes, group=group, matrices=matrices)
     _check_shares(experts, top_k, processes, group)
-    shape = {"rows": experts, "columns": matrices * hidden * intermediate, "count": layers}
+    shape: dict[str, Any] = {"rows": experts, "columns": matrices * hidden * intermediate, "count": layers}
     stored = Tensors(**shape, bytes_per_element=weight_bytes, reduce_bytes=gradient_bytes, role="trained")
     copies = processes // group
     sharded = step_cost([stored], processes=processes, replicate=copies)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -13,29 +14,29 @@ from lightning.fabric.strategies.model_parallel import _FSDPNoSync
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import CheckpointMismatchError, ConfigError
 from lightning_peft.half_precision import keeping_adapters
-from lightning_peft.moe.balance import balanced_over
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.sharded_tensors import gathered, load_into, sharded_optimizer_state
+from lightning_peft.strategies.adapted import AdaptedStrategy
 from lightning_peft.strategies.agreement import check_agreement, share_values
-from lightning_peft.strategies.ending import end_others
 from lightning_peft.strategies.launching import ForkedLauncher
 from lightning_peft.strategies.loading import read_weights, refuse_unmade
-from lightning_peft.strategies.sharding import bring_scales, checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.refusals import refuse_callbacks, refuse_meta, refuse_optimizers
+from lightning_peft.strategies.sharding import along, bring_scales, checkpoint_activations, refuse_unshardable, shard
+from lightning_peft.strategies.tensor_parallel import check_batch, mesh_of, share_random_state, split
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-class PEFTFSDPStrategy(ModelParallelStrategy):
+class PEFTFSDPStrategy(AdaptedStrategy, ModelParallelStrategy):
     """Shards an adapted model over all processes with FSDP2 (``fully_shard``), blocks of its family as units.
 
     Works for any LightningModule whose models are built in ``configure_model``; one that shards itself there is left as it is. By
@@ -46,6 +47,8 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         units: what is gathered and freed as one: globs on module paths, ``re:`` expressions or class names; the blocks of the
             model's family if None.
         replicate: over how many groups of processes the model is replicated, each sharding it within (HSDP); 1 for none.
+        tensor_parallel: over how many processes, side by side, each split layer of attention and feed-forward is split, with its adapters;
+            they train on one batch. 1 for none. For models whose transformers configuration has a ``base_model_tp_plan``.
         reshard_after_forward: free the gathered weights of a unit after its forward and gather them again for backward.
         gather_dtype: dtype in which weights are gathered and computed with; that of each parameter if None. With ``bf16-mixed`` and None
             results are those of DDP bit for bit; ``bf16`` halves what is sent for a base in float32, and rounds norms too.
@@ -72,6 +75,7 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         units: Sequence[str] | None = None,
         *,
         replicate: int = 1,
+        tensor_parallel: int = 1,
         reshard_after_forward: bool = True,
         gather_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
         reduce_dtype: Literal["bf16", "fp16", "fp32"] | None = None,
@@ -92,11 +96,12 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         for name, value in (("gather_dtype", gather_dtype), ("reduce_dtype", reduce_dtype)):
             if value is not None and value not in _DTYPES:
                 raise ConfigError(f"{name} must be one of {', '.join(_DTYPES)} or None, got {value!r}")
-        if isinstance(units, str) or replicate < 1 or prefetch < 0:
+        if isinstance(units, str) or replicate < 1 or tensor_parallel < 1 or prefetch < 0:
             raise ConfigError(
-                f"units must be a list, replicate at least 1 and prefetch no less than 0, got units={units!r}, replicate={replicate}, "
-                f"prefetch={prefetch}"
+                f"units must be a list, replicate and tensor_parallel at least 1 and prefetch no less than 0, got units={units!r}, "
+                f"replicate={replicate}, tensor_parallel={tensor_parallel}, prefetch={prefetch}"
             )
+        self.tensor_parallel = tensor_parallel
         self.units, self.replicate = None if units is None else list(units), replicate
         self.reshard_after_forward, self.cpu_offload = reshard_after_forward, cpu_offload
         self.prefetch = prefetch
@@ -104,6 +109,8 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         self.activation_checkpointing, self._start_method = activation_checkpointing, start_method
         self.reads_weights = read_weights
         self.sharded_units: list[str] = []
+        self.split_layers: list[str] = []
+        self._batch_checked = False
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -123,12 +130,13 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
             )
         self.precision_plugin = keeping_adapters(self.precision_plugin)  # before configure_model, which it may act on
         self._setup_distributed()  # and not the two-dimensional mesh of the parent
-        if self.world_size % self.replicate:
-            raise ConfigError(f"replicate={self.replicate} does not divide the {self.world_size} processes")
-        shape = (self.replicate, self.world_size // self.replicate)
-        mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+        groups = self.replicate * self.tensor_parallel
+        if self.world_size % groups:
+            among = f" times tensor_parallel={self.tensor_parallel}" if self.tensor_parallel > 1 else ""
+            raise ConfigError(f"replicate={self.replicate}{among} does not divide the {self.world_size} processes")
+        mesh = mesh_of(self.root_device.type, self.replicate, self.world_size // groups, self.tensor_parallel)
         flat = mesh["replicate", "shard"]._flatten("data_parallel")
-        for group in (mesh.get_group("replicate"), mesh.get_group("shard"), flat.get_group()):
+        for group in (*mesh.get_all_groups(), flat.get_group()):
             if self._timeout is not None:
                 _set_pg_timeout(self._timeout, group)  # new groups wait as long as torch does by default
         self._device_mesh = mesh
@@ -138,7 +146,9 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        # Processes that split a model, which stand side by side, get the same batches.
+        each = self.tensor_parallel
+        return {"num_replicas": self.world_size // each, "rank": self.global_rank // each}
 
     # -- sharding --------------------------------------------------------------------------------------------------
 
@@ -148,17 +158,29 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         assert module is not None
         if self.cpu_offload and self.root_device.type == "cpu":
             raise ConfigError("cpu_offload=True was asked for, but the run is on the CPU already; leave it out")
+        refuse_callbacks(trainer)
         check_agreement(self, module)
+        refuse_meta(module)
         refuse_unmade(module)
         share_values(self, module)
         refuse_unshardable(module, self._casts())
         self.precision_plugin.convert_module(module)
         bring_scales(module, self.root_device)
+        if self.tensor_parallel > 1:
+            share_random_state(self.device_mesh["tensor_parallel"])
+            self.split_layers += split(module, self.device_mesh["tensor_parallel"])
+            self._batch_checked = False
         if self.activation_checkpointing:
             checkpoint_activations(module, self.units)
         self.sharded_units += shard(module, self.units, self.fully_shard_arguments(), prefetch=self.prefetch)
         read_weights(module, torch.device("cpu") if self.cpu_offload else self.root_device)
+        refuse_meta(module)
         super().setup(trainer)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        refuse_optimizers(self.optimizers)
 
     def _casts(self) -> list[torch.dtype]:
         """Return the dtypes that parameters of the run are cast to."""
@@ -170,8 +192,9 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         """Return what every unit is sharded with, from the settings and the precision of the Trainer."""
         mesh: DeviceMesh = self.device_mesh
         arguments: dict[str, Any] = {
-            "mesh": mesh if self.replicate > 1 else mesh["shard"],
+            "mesh": mesh["replicate", "shard"] if self.replicate > 1 else mesh["shard"],
             "reshard_after_forward": self.reshard_after_forward,
+            "shard_placement_fn": along(mesh["shard"].size()),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
         gather = None if self.gather_dtype is None else _DTYPES[self.gather_dtype]
@@ -183,29 +206,18 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         return arguments
 
     @contextlib.contextmanager
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        """Let gradients stay with their process, as in all but the last batch of an accumulation."""
-        module: Any = self.lightning_module
-        with _FSDPNoSync(module, enabled=True):
-            yield
-
-    # -- steps -----------------------------------------------------------------------------------------------------
-
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning ends the others then
-            end_others(self.launcher)
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        module: Any = self.lightning_module
+        with super().block_backward_sync(), _FSDPNoSync(module, enabled=True):
+            yield
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        with balanced_over(self.world_size):
-            return super().training_step(*args, **kwargs)
-
-    @override
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with balanced_over(self.world_size):  # for what gradient checkpointing runs again
-            return super().backward(closure_loss, *args, **kwargs)
+        if self.tensor_parallel > 1 and not self._batch_checked:
+            check_batch(self.device_mesh["tensor_parallel"], args[0])
+            self._batch_checked = True
+        return super().training_step(*args, **kwargs)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -239,7 +251,13 @@ class PEFTFSDPStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
             return read_folder(path)
-        checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        try:
+            checkpoint: dict[str, Any] = self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        except UnpicklingError as error:
+            raise CheckpointMismatchError(
+                f"{str(path)!r} holds more than plain values and tensors, and Lightning does not tell strategies that shard of weights_only=False; if you "
+                f"trust the file, name what it holds with torch.serialization.add_safe_globals([...]) in every process ({error})"
+            ) from error
         return checkpoint
 
     @override

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
+from lightning_peft.errors import LightningPEFTWarning
 from lightning_peft.sharded_tensors import gathered
 
 
 class ForkedLauncher(_MultiProcessingLauncher):
-    """Lightning's, but what the module's ``state_dict`` holds comes back whole, and threads of a forked process may compute at once."""
+    """Lightning's, but what was trained comes back whole into a model that is made for it, and threads of a forked process may compute at once."""
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
@@ -23,6 +26,24 @@ class ForkedLauncher(_MultiProcessingLauncher):
         # loading has them, meet a pool that is half made: "Invalid thread pool!".
         torch.set_num_threads(torch.get_num_threads())
         super()._wrapping_function(*args, **kwargs)
+
+    @override
+    def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what goes to the main process beside the weights: metrics, and how far the fit came."""
+        return {**super().get_extra_results(trainer), "fit_loop": trainer.fit_loop.state_dict()}
+
+    @override
+    def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
+        """Take that over."""
+        trainer.fit_loop.load_state_dict(extra["fit_loop"])
+        super().update_main_process_results(trainer, extra)
+
+    @override
+    def _recover_results_in_main_process(self, worker_output: Any, trainer: Trainer) -> None:
+        if worker_output.weights_path is not None:
+            trained = self._strategy.checkpoint_io.load_checkpoint(worker_output.weights_path)
+            _make_model(trainer, set(trained))
+        super()._recover_results_in_main_process(worker_output, trainer)
 
     @override
     def _collect_rank_zero_results(self, trainer: Trainer, results: Any) -> Any:
@@ -38,3 +59,30 @@ def _whole_state(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         del module.__dict__["state_dict"]
+
+
+def _make_model(trainer: Trainer, trained: set[str]) -> None:
+    """Have the process that started the others make its model too, or the trained weights would go nowhere, without a word."""
+    module, strategy, error = trainer.lightning_module, trainer.strategy, None
+    before, function, reads = module._trainer, trainer.state.fn, getattr(strategy, "reads_weights", None)
+    if trained <= module.state_dict().keys():
+        return
+    try:
+        module._trainer, trainer.state.fn = trainer, TrainerFn.VALIDATING  # no initial values are taken from data
+        if reads is not None:
+            strategy.reads_weights = False  # type: ignore[attr-defined]  # nothing would read them later
+        module.configure_model()
+    except Exception as raised:
+        error = raised
+    finally:
+        module._trainer, trainer.state.fn = before, function
+        if reads is not None:
+            strategy.reads_weights = reads  # type: ignore[attr-defined]
+    missing = sorted(trained - module.state_dict().keys())
+    if missing:
+        warnings.warn(
+            f"{type(module).__name__}.configure_model does not make the model in the process that started the others ({error or missing[0]}), so what "
+            "they trained is not brought back into it; load it from a checkpoint",
+            LightningPEFTWarning,
+            stacklevel=2,
+        )

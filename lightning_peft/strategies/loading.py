@@ -65,12 +65,10 @@ def _own_part(parameter: Any, value: Unread) -> Tensor:
         return value.read().to(parameter.dtype)
     placements = parameter.placements
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, placements)
-    if any(not (one.is_replicate() or one.is_shard(0)) for one in placements):  # the user's own sharding
-        whole = value.read()
-        for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
-            whole = whole.narrow(dim, start, length)
-        return whole.to(parameter.dtype).contiguous()
-    return value.rows(offset[0], offset[0] + shape[0]).to(parameter.dtype)
+    found = value.rows(offset[0], offset[0] + shape[0])
+    for dim in range(1, found.dim()):  # of a tensor that is split over a group, or by the user
+        found = found.narrow(dim, offset[dim], shape[dim])
+    return found.to(parameter.dtype).contiguous()
 
 
 def _as(local: Tensor, parameter: Any) -> Tensor:

@@ -13,18 +13,20 @@ the gradients of trained ones only, so a frozen base in bfloat16 beside adapters
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.injection import adapted_roots, records
 from lightning_peft.quantized_layers import packed_layers, packing_quantizer
 from lightning_peft.registry import get_registry
+from lightning_peft.strategies.cost import cut_dimension
 from lightning_peft.targets import matches
 
 
@@ -73,7 +75,8 @@ def shard(
         prefetch: how many units ahead are asked for while one runs.
 
     Raises:
-        ConfigError: a trained parameter belongs to ``module`` directly, where nothing gathers it.
+        ConfigError: a trained parameter belongs to ``module`` directly, where nothing gathers it; a parameter is in two units; or trained
+            ones of one unit have several dtypes.
     """
     if any(isinstance(inner, FSDPModule) for inner in module.modules()):
         return []
@@ -83,19 +86,54 @@ def shard(
             f"{type(module).__name__} holds the trained parameters {loose} itself, and no forward of a module gathers them or reduces "
             "their gradients; put them into a module with a forward"
         )
-    units: list[str] = []
     roots = set(map(id, adapted_roots(module)))
+    units: dict[str, nn.Module] = {}
+    in_turn: list[list[nn.Module]] = []
     for name, child in module.named_children():
         if next(child.parameters(), None) is None:
             continue
         blocks = blocks_of(child, policy) if policy is not None or _holds(child, roots) else {}
-        for path, block in blocks.items():
-            fully_shard(block, **options)
-            units.append(f"{name}.{path}")
-        _prefetch([one for one in child.modules() if any(one is block for block in blocks.values())], prefetch)
-        fully_shard(child, **options)
-        units.append(name)
-    return units
+        units.update({f"{name}.{path}": block for path, block in blocks.items()})
+        units[name] = child
+        in_turn.append([one for one in child.modules() if any(one is block for block in blocks.values())])
+    _refuse_unlike(units)
+    for unit in units.values():
+        fully_shard(unit, **options)
+    for blocks_in_turn in in_turn:
+        _prefetch(blocks_in_turn, prefetch)
+    return list(units)
+
+
+def _refuse_unlike(units: Mapping[str, nn.Module]) -> None:
+    """Refuse parameters that FSDP2 does not take, which it says in the midst of sharding or of a forward.
+
+    Raises:
+        ConfigError: a parameter is in two units, or trained ones of one unit have several dtypes.
+    """
+    owners: dict[int, tuple[str, str]] = {}
+    taken: set[int] = set()
+    for path, unit in units.items():
+        kinds: dict[torch.dtype, str] = {}
+        for inner_path, inner in unit.named_modules():
+            for name, parameter in inner._parameters.items() if id(inner) not in taken else ():
+                if parameter is None:
+                    continue
+                here = ".".join(part for part in (path, inner_path, name) if part)
+                owner, first = owners.setdefault(id(parameter), (path, here))
+                if owner != path:
+                    raise ConfigError(
+                        f"{first!r} and {here!r} are one parameter, and stand in two units, {owner!r} and {path!r}, of which each would be gathered and "
+                        "freed by itself; choose units so that one holds both, such as units=[] for the whole model, or the strategy 'peft_ddp'"
+                    )
+                if parameter.requires_grad:
+                    kinds.setdefault(parameter.dtype, here)
+        taken.update(map(id, unit.modules()))
+        if len(kinds) > 1:
+            said = ", ".join(f"{name!r} in {dtype}" for dtype, name in kinds.items())
+            raise ConfigError(
+                f"unit {path!r} trains parameters of several dtypes, which FSDP2 does not reduce together: {said}; have all that is trained in float32, "
+                "as adapters are"
+            )
 
 
 def _prefetch(blocks: list[Any], ahead: int) -> None:
@@ -103,6 +141,18 @@ def _prefetch(blocks: list[Any], ahead: int) -> None:
     for number, block in enumerate(blocks if ahead else ()):
         block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 1 + ahead])
         block.set_modules_to_backward_prefetch(blocks[max(0, number - ahead) : number][::-1])
+
+
+def along(processes: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Return what tells FSDP2 by which dimension ``processes`` share a parameter: not by few rows, of which most would have none."""
+
+    def placed(parameter: nn.Parameter) -> Shard | None:
+        if isinstance(parameter, DTensor):  # split already
+            return None
+        dimension = cut_dimension(tuple(parameter.shape), processes)
+        return Shard(dimension) if dimension else None
+
+    return placed
 
 
 def _holds(module: nn.Module, roots: set[int]) -> bool:
@@ -162,6 +212,8 @@ def checkpoint_activations(module: nn.Module, policy: Iterable[str] | None) -> N
 
     roots = set(map(id, adapted_roots(module)))
     for child in module.children():
+        if next(child.parameters(), None) is None:
+            continue
         if policy is not None or _holds(child, roots):
             for block in blocks_of(child, policy).values():
                 checkpoint(block)

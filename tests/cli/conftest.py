@@ -4,6 +4,7 @@ import sys
 import textwrap
 from unittest import mock
 
+import lightning.pytorch  # noqa: F401  (its loggers keep the stderr they find when they are made: not that of a test)
 import pytest
 import torch
 

@@ -48,13 +48,13 @@ def test_a_field_name_may_hold_spaces(write):
             "a.jsonl",
             '{"mr": "a", "ref": "b"}',
             "{mr} {reff}",
-            r"'reff', which .*line 1 does not have; did you mean 'ref'",
+            r"a.jsonl' line 1 does not have the field 'reff' that .*; did you mean 'ref'",
         ),
-        ("a.jsonl", '{"mr": "a", "ref": "b"}', "{text}", r"names the field 'text'.* The row has: mr, ref"),
+        ("a.jsonl", '{"mr": "a", "ref": "b"}', "{text}", r"does not have the field 'text'.* The row has: mr, ref"),
         ("a.jsonl", "{}", "{text}", r"The row has: no fields"),
-        ("a.csv", "a,b", "{text}", r"a.csv' is neither .txt nor .jsonl; convert it"),
+        ("a.doc", "a,b", "{text}", r"a.doc' is none of .jsonl, .csv, .parquet, .txt; convert it"),
         ("a.txt", b"\xff\xfe\xfa", "{text}", r"a.txt' is not UTF-8 text"),
-        ("a.jsonl", b'{"text": "\xff"}', "{text}", r"a.jsonl' is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "\xff"}', "{text}", r"a.jsonl' line 1 is not UTF-8 text"),
     ],
 )
 def test_a_bad_file_is_named(write, name, content, template, message):

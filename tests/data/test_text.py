@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
@@ -374,3 +375,97 @@ def test_files_by_name_have_templates_by_name_and_names_that_are_free(tokenizer,
         TextDataModule(tokenizer, files, {"b": text_file("b.txt", "b")}, val_fraction=0.5)
     with pytest.raises(ConfigError, match="train must be a file, or several by the names of adapters, got none"):
         TextDataModule(tokenizer, {})
+
+
+# -- documents that do not see each other, and replay ------------------------------------------------------------------
+
+
+def test_positions_begin_anew_with_each_document_and_row(tokenizer, rows_file):
+    path = rows_file("train.jsonl", [{"text": "ab"}, {"text": "cdefg"}])
+    data = set_up(tokenizer, path, block_size=4, batch_size=2, shuffle=False, document_mask="positions")
+    (batch,) = data.train_dataloader()
+    assert batch["input_ids"].tolist() == [[BOS, *b"ab", BOS], [*b"cdef"]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, *b"ab", -100], [-100, *b"def"]]
+    assert batch["use_cache"] is False
+    dense = set_up(tokenizer, path, block_size=4, batch_size=2, shuffle=False, document_mask="dense")
+    (batch,) = dense.train_dataloader()
+    assert (batch["attention_mask"][0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_full_rows_and_what_is_left_over_are_all_tokens(tokenizer, rows_file, seed):
+    draw = random.Random(seed)
+    texts = [
+        "".join(draw.choices("abc é\n", k=draw.randrange(1, 40))).strip() or "x" for _ in range(draw.randrange(9, 40))
+    ]
+    block = draw.randrange(2, 30)
+    expected = [token for text in texts for token in (BOS, *text.encode())]
+    path = rows_file("train.jsonl", [{"text": text} for text in texts])
+    for mask in ("none", "positions"):
+        data = set_up(tokenizer, path, block_size=block, shuffle=False, document_mask=mask)
+        ids = all_ids(data.train_dataloader())
+        assert ids == expected[: len(ids)]
+        assert len(ids) + data.left_over["train"] == len(expected)
+        assert data.left_over["train"] < block
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.8])
+def test_replay_makes_up_its_share_of_the_rows(tokenizer, text_file, rows_file, share):
+    target = text_file("target.txt", "t" * 400)
+    source = rows_file("source.jsonl", [{"story": "s" * 20}] * 3)  # less than is asked for: it begins anew
+    data = set_up(
+        tokenizer,
+        target,
+        separator="none",
+        block_size=10,
+        replay=source,
+        replay_share=share,
+        template={"replay": "{story}"},
+    )
+    rows = [row.tolist() for batch in data.train_dataloader() for row in batch["input_ids"]]
+    replayed = [row for row in rows if row == [ord("s")] * 10]
+    assert len(rows) - len(replayed) == 40
+    assert len(replayed) / len(rows) == pytest.approx(share, abs=1 / 40)
+    assert rows[: len(rows) - len(replayed)] != [[ord("t")] * 10] * 40  # mixed
+
+
+def test_a_random_split_holds_out_whole_documents(tokenizer, rows_file):
+    path = rows_file("a.jsonl", [{"text": f"{number:03}"} for number in range(40)])
+    data = set_up(tokenizer, path, separator="none", block_size=3, val_fraction=0.2, split="random", shuffle=False)
+    kept, held_out = (
+        [bytes(row.tolist()).decode() for batch in loader for row in batch["input_ids"]]
+        for loader in (data.train_dataloader(), data.val_dataloader()[0])
+    )
+    assert sorted(kept + held_out) == [f"{number:03}" for number in range(40)]
+    assert len(held_out) == 8
+    assert held_out != [f"{number:03}" for number in range(32, 40)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"document_mask": "block"}, "document_mask must be one of none, positions, dense, got 'block'"),
+        ({"replay": "b.txt", "replay_share": 1.0}, r"replay_share must lie in \(0, 1\), got 1.0"),
+        ({"group_by_length": True}, "fills every row, so there are no lengths"),
+        ({"streaming": True}, "'a.txt' is one document, which is read at once; leave streaming out"),
+        ({"streaming": True, "max_train_tokens": 256}, "has no count of tokens; give max_train_rows"),
+    ],
+)
+def test_what_packing_and_streaming_cannot_do_is_refused_at_once(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TextDataModule("tokenizer", "a.txt", **options)
+
+
+def test_documents_that_cannot_be_used_are_counted(tokenizer, rows_file):
+    path = rows_file("a.jsonl", [{"text": "abc"}, {"text": " "}, {"txt": "a"}, {"text": "def"}])
+    with pytest.raises(ConfigError, match="line 2 has no text; on_bad_rows='report'"):
+        set_up(tokenizer, path, block_size=4)
+    with pytest.warns(UserWarning, match="1 empty row left out: .* line 2 has no text\n1 malformed row left out"):
+        data = set_up(tokenizer, path, block_size=4, on_bad_rows="report", shuffle=False)
+    assert all_ids(data.train_dataloader()) == [BOS, *b"abc", BOS, *b"def"]

@@ -294,6 +294,25 @@ def test_a_base_that_cannot_be_trained_over_is_refused_or_told(folder):
         EXACT.prepare(model)
 
 
+def test_other_methods_train_over_such_a_base_too_after_a_forward_in_eval_mode(folder):
+    model = quantised_by_transformers(folder)
+    inject(model, LoRA(rank=2, init="gaussian"))
+    before = base_tensors(model)
+    logits(model.eval())
+    assert not differing(before, base_tensors(model))
+    batch = token_batch()
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in model.named_parameters() if name.endswith("lora_B"))
+    other = quantised_by_transformers(folder)
+    other.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(InjectionError, match="'model.layers.0.mlp.up_proj' was quantised by bitsandbytes and repacked"):
+        inject(other, LoRA(rank=2))
+    narrow = quantised_by_transformers(folder)
+    narrow.model.layers[0].mlp.up_proj.weight.quant_state.shape = torch.Size([64, 96])
+    with pytest.warns(LightningPEFTWarning, match=r"reads back wrong weights .*: model.layers.0.mlp.up_proj \(1\)"):
+        inject(narrow, LoRA(rank=2))
+
+
 def test_hf_peft_gives_the_same_outputs_over_the_same_quantised_base(folder, tmp_path):
     peft = pytest.importorskip("peft")
     model = quantised_by_transformers(folder)

@@ -23,21 +23,43 @@ STRATEGIES = {
     "ddp": lambda: PEFTDDPStrategy(start_method="fork"),
     "fsdp": lambda: PEFTFSDPStrategy(start_method="fork"),
     "fsdp folder": lambda: PEFTFSDPStrategy(start_method="fork", save_distributed_checkpoint=True),
+    "tensor": lambda: PEFTFSDPStrategy(start_method="fork", tensor_parallel=2),
+    "tensor folder": lambda: PEFTFSDPStrategy(start_method="fork", tensor_parallel=2, save_distributed_checkpoint=True),
 }
 
 
 class InTurn(Sampler):
-    """Rows r, r + world, ... to rank r, in order: the batches of all ranks are those of one process."""
+    """Rows r, r + world, ... to rank r, in order: the batches of all ranks are those of one process.
 
-    def __init__(self, rows):
-        self.rows = rows
+    ``each`` ranks side by side get the same rows, where they share a model.
+    """
+
+    def __init__(self, rows, each=1):
+        self.rows, self.each = rows, each
 
     def __iter__(self):
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return iter(range(rank, self.rows, world))
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, self.each)
+        return iter(range(rank // self.each, self.rows, world // self.each))
 
     def __len__(self):
-        return self.rows // (dist.get_world_size() if dist.is_initialized() else 1)
+        return self.rows // ((dist.get_world_size() if dist.is_initialized() else self.each) // self.each)
+
+
+class InParts(Sampler):
+    """For one process, a batch at a time the rows that each of so many processes would have of it."""
+
+    def __init__(self, rows, batch, parts):
+        self.rows, self.batch, self.parts = rows, batch, parts
+
+    def __iter__(self):
+        starts = range(0, self.rows, self.batch)
+        return iter([row for start in starts for part in range(self.parts) for row in self.of(start, part)])
+
+    def of(self, start, part):
+        return range(start + part, start + self.batch, self.parts)
+
+    def __len__(self):
+        return self.rows
 
 
 class Losses(Callback):
@@ -77,6 +99,7 @@ def run(tmp_path):
     def fit(
         strategy="single",
         *,
+        parts=1,
         method=None,
         model=tiny_llama,
         devices=None,
@@ -109,8 +132,12 @@ def run(tmp_path):
             for batch in (token_batch(seed=number, rows=rows) for number in range(batches))
             for row in range(rows)
         ]
-        order = {"shuffle": True} if shuffle else {"sampler": InTurn(len(data))}
-        loader = DataLoader(data, batch_size=rows // devices, **order)
+        each = getattr(chosen, "tensor_parallel", 1)
+        order = {"shuffle": True} if shuffle else {"sampler": InTurn(len(data), each)}
+        if parts > 1:
+            order = {"sampler": InParts(len(data), rows, parts)}
+            trainer_fields["accumulate_grad_batches"] = parts * trainer_fields.get("accumulate_grad_batches", 1)
+        loader = DataLoader(data, batch_size=rows // (devices // each) // parts, **order)
         count[0] += 1
         losses = tmp_path / f"losses{count[0]}.json"
         used = [Losses(losses), *callbacks]
@@ -129,7 +156,10 @@ def run(tmp_path):
             warnings.filterwarnings("ignore", message=".*os.fork.*")
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # a resumed run writes elsewhere
             trainer.fit(module, loader, val, ckpt_path=resume)
-        return Run(json.loads(Path(losses).read_text()), torch.load(losses.with_suffix(".pt")), module, trainer)
+        kept = json.loads(Path(losses).read_text())
+        if parts > 1:
+            kept = torch.tensor(kept).view(-1, parts).mean(1).tolist()  # in float32, as processes average
+        return Run(kept, torch.load(losses.with_suffix(".pt")), module, trainer)
 
     return fit
 

@@ -216,8 +216,8 @@ class Timeouts(Callback):
         self.path = path
 
     def on_train_start(self, trainer, module):
-        mesh = trainer.strategy.device_mesh
-        groups = [dist.group.WORLD, mesh.get_group("replicate"), mesh.get_group("shard")]
+        mesh = getattr(trainer.strategy, "device_mesh", None)
+        groups = [dist.group.WORLD, *([mesh.get_group("replicate"), mesh.get_group("shard")] if mesh else [])]
         waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
         if trainer.is_global_zero:
             torch.save((waits, [dist.get_world_size(group) for group in groups]), self.path)
@@ -227,3 +227,11 @@ def test_groups_within_groups_wait_no_longer(run, tmp_path):
     strategy = PEFTFSDPStrategy(start_method="fork", replicate=2, timeout=timedelta(seconds=77))
     run(strategy, devices=4, steps=1, callbacks=[Timeouts(tmp_path / "waits")])
     assert torch.load(tmp_path / "waits") == ([77.0] * 3, [4, 2, 2])
+
+
+def test_the_group_of_all_waits_as_long_as_it_is_told(run, tmp_path):
+    told = PEFTDDPStrategy(start_method="fork", timeout=timedelta(seconds=77))
+    run(told, steps=1, callbacks=[Timeouts(tmp_path / "waits")])
+    assert torch.load(tmp_path / "waits") == ([77.0], [2])
+    for strategy in (PEFTDDPStrategy(), PEFTFSDPStrategy()):
+        assert strategy._timeout == timedelta(minutes=30)  # as the page says

@@ -21,12 +21,13 @@ def test_ddp_sends_gradients_of_what_is_trained_and_nothing_of_the_base():
     assert cost.memory_bytes == cost.weight_bytes + 16 * 64 * (4 + 4 + 8)  # gradients, their buckets, optimizer
 
 
-def test_ddp_sends_buffers_in_every_step_and_holds_constants():
+def test_buffers_are_sent_in_every_step_and_constants_are_held():
     held = [Tensors(rows=10, bytes_per_element=4, role="buffer"), Tensors(rows=7, bytes_per_element=1, role="constant")]
     cost = step_cost([BASE, A, *held], processes=4, strategy="peft_ddp")
     assert cost.broadcast_bytes == 40
     sharded = step_cost([BASE, A, *held], processes=4)
-    assert sharded.broadcast_bytes == 0
+    assert sharded.broadcast_bytes == 40
+    assert step_cost([BASE, A, *held], processes=1).broadcast_bytes == 0
     assert sharded.weight_bytes == (1024 * 64 * 2 + 16 * 64 * 4) / 4 + 47
 
 
@@ -47,8 +48,13 @@ def test_hsdp_gathers_within_a_group_and_averages_shards_of_gradients_between_gr
     assert cost.memory_bytes == inside.memory_bytes
 
 
-def test_a_matrix_of_few_rows_is_padded_to_the_number_of_processes():
-    assert [A.elements(n) // 64 for n in (1, 8, 16, 17, 1000)] == [16, 16, 16, 17, 1000]
+def test_a_matrix_of_few_rows_is_cut_by_columns_or_padded_to_the_number_of_processes():
+    assert [A.elements(n) / 64 for n in (1, 8, 16, 17, 32, 48, 64, 1000)] == [16, 16, 16, 17, 16, 48, 16, 1000]
+    assert [Tensors(rows=8, columns=96, others=sizes).elements(16) for sizes in ((32, 3), (6, 16), (8, 12))] == [
+        768,
+        768,
+        1536,
+    ]
     assert Tensors(rows=4096).elements(1000) == 5000
     cost = step_cost([A], processes=1000)
     assert cost.reduced_bytes == pytest.approx(1000 * 64 * 4 * 0.999)
@@ -113,9 +119,9 @@ def test_the_experts_of_a_model_are_those_of_the_arithmetic():
         assert step_cost(experts, processes=processes).sent_bytes == pytest.approx(
             expert_cost(**sizes, processes=processes, group=processes).sharded_bytes
         )
-    # More processes than experts: as much as if there were an expert for each.
+    # More processes than experts: they are cut by another dimension, and none is padded.
     ratio = step_cost(experts, processes=64).sent_bytes / step_cost(experts, processes=8).sent_bytes
-    assert ratio == pytest.approx(8 * (63 / 64) / (7 / 8))
+    assert ratio == pytest.approx((63 / 64) / (7 / 8))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ def test_the_tensors_of_a_quantised_model_are_packed_bytes_and_scales_that_every
     tables = [
         table for one in states for table in (one.absmax, one.code, one.offset, one.state2.absmax, one.state2.code)
     ]
-    held = sum(table.nbytes for table in tables)
+    held = sum(table.nbytes for table in tables) + sum(buffer.nbytes for buffer in model.buffers())
     assert sum(one.stored() for one in tensors if one.role == "constant") == held
     assert len(states) == 14
 

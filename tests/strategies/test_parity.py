@@ -19,6 +19,7 @@ from lightning_peft import (
     PEFTMixin,
     PEFTModule,
     PrefixTuning,
+    QLoRA,
     inject,
 )
 from lightning_peft.testing import tiny_gpt2, tiny_llama, token_batch
@@ -38,7 +39,11 @@ METHODS = {
     "bottleneck": (Bottleneck(), None),
     "prefix": (PrefixTuning(num_virtual_tokens=4), None),
     "bitfit": (BitFit(), gpt2),
-    "moe": (MoEUpcycling(experts=4, top_k=2, balance_coef=0.0), None),
+    "moe": (
+        MoEUpcycling(experts=4, top_k=2, balance_coef=0.0),
+        None,
+    ),  # with a balance, of all processes, in test_tokens.py
+    "qlora": (QLoRA(rank=4, compute_dtype="float32", init="gaussian", double_quantization=True), None),
 }
 
 
@@ -49,13 +54,32 @@ def relative(one, other):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_train_what_one_trains(run, name, precision):
+    """One process that runs the parts of both one after the other, as a window, rounds what they round, and has their bits."""
     method, model = METHODS[name]
     fields = {"method": method, "precision": precision, "lr": 1e-3} | ({"model": model} if model else {})
-    one, ddp, fsdp = (run(strategy, **fields) for strategy in ("single", "ddp", "fsdp"))
-    assert ddp.losses == fsdp.losses
-    assert relative(ddp.losses, one.losses) <= (1e-6 if precision == "32-true" else 5e-5)
-    assert len(set(one.losses)) == 4
+    parts, ddp, fsdp = run("single", parts=2, **fields), run("ddp", **fields), run("fsdp", **fields)
+    assert ddp.losses == fsdp.losses == parts.losses
+    assert len(set(ddp.losses)) == 4
     same_state(ddp, fsdp)
+    same_state(ddp, parts)
+    if precision == "32-true":
+        assert relative(ddp.losses, run("single", **fields).losses) <= 1e-6
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("name", METHODS)
+def test_so_they_do_with_clipping_windows_and_activations_run_again(run, name, precision):
+    method, model = METHODS[name]
+    fields = {"method": method, "precision": precision, "lr": 1e-3, "steps": 3} | ({"model": model} if model else {})
+    fields |= {"accumulate_grad_batches": 2, "gradient_clip_val": 1e-2}
+    one, ddp = run("single", parts=2, **fields), run("ddp", **fields)
+    fsdp = run(sharding(activation_checkpointing=True), **fields)
+    assert ddp.losses == fsdp.losses
+    assert len(set(ddp.losses)) == 6
+    same_state(ddp, fsdp)
+    # One process adds the four gradients of a window one by one and two add pairs, so weights differ by a unit in the last place, and of
+    # many trained ones, as experts have, some fall to the other side when they are rounded to bfloat16.
+    assert relative(ddp.losses, one.losses) <= (5e-6 if (name, precision) == ("moe", "bf16-mixed") else 1e-6)
 
 
 def same_state(one, other):
@@ -72,12 +96,11 @@ def sharding(**fields):
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_clipping_is_that_of_the_whole_gradient(run, algorithm):
     clip = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm, "method": LoRA(rank=4, init="gaussian")}
-    one, ddp, fsdp, free = (run(kind, **clip) for kind in ("single", "ddp", "fsdp", "fsdp"))
+    one, ddp, fsdp = (run(kind, **clip) for kind in ("single", "ddp", "fsdp"))
     free = run("fsdp", method=LoRA(rank=4, init="gaussian"))
-    assert relative(ddp.losses, fsdp.losses) <= 1e-6
+    assert ddp.losses == fsdp.losses
+    same_state(ddp, fsdp)
     assert relative(ddp.losses, one.losses) <= 1e-6
-    for key, value in ddp.state.items():
-        torch.testing.assert_close(fsdp.state[key], value, rtol=1e-4, atol=1e-6)
     assert free.losses != fsdp.losses
 
 

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
+from transformers import LlamaForCausalLM
 
 from lightning_peft import (
     Compacter,
@@ -61,9 +64,39 @@ def float_storage(module):
     module.model.model.norm.register_parameter("packed", packed)
 
 
+def on_meta(module):
+    with torch.device("meta"):
+        module.model = LlamaForCausalLM(module.model.config)
+    inject(module.model, LoRA(rank=4))
+
+
+def head_on_meta(module):
+    module.head = nn.Linear(2, 2, device="meta")
+
+
+def shared(module):
+    layers = module.model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+
+
+def two_dtypes(module):
+    norm = module.model.model.layers[0].input_layernorm.to(torch.bfloat16)
+    norm.weight.requires_grad_(True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (on_meta, r"'model\.model\.embed_tokens\.weight' is on the meta device and has no values.*a loader such as"),
+        (head_on_meta, r"'head\.weight' is on the meta device"),
+        (
+            shared,
+            r"'model\.model\.layers\.0\.mlp\.up_proj\.\S+ and 'model\.model\.layers\.1\.mlp\.\S+ are one parameter.*units=\[\]",
+        ),
+        (
+            two_dtypes,
+            r"unit 'model\.model\.layers\.0' trains parameters of several dtypes.*input_layernorm\.weight' in torch\.bfloat16",
+        ),
         (loose, r"Own holds the trained parameters \['scale'\] itself.*put them into a module with a forward"),
         (scalar, r"'temperature\.value' is a scalar, which FSDP2 does not shard; give it the shape \(1,\)"),
         (float_storage, r"'model\.model\.norm\.packed' holds packed weights stored as torch\.float16"),
@@ -160,6 +193,67 @@ def test_a_method_that_does_not_train_sharded_is_refused_by_name(run):
         run("fsdp", method=Compacter(), devices=1, steps=1)
     apart, alone = (run(kind, method=Compacter(share_rule=False), lr=1e-3) for kind in ("fsdp", "single"))
     assert apart.losses == pytest.approx(alone.losses, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+def test_units_that_would_part_tied_weights_are_refused_and_one_unit_trains(run):
+    def tied():
+        return tiny_llama(tie_word_embeddings=True)
+
+    parted = PEFTFSDPStrategy(start_method="fork", units=["LlamaDecoderLayer", "Embedding"])
+    with pytest.raises(
+        ProcessRaisedException, match="embed_tokens.weight' and 'model.lm_head.weight' are one parameter"
+    ):
+        run(parted, model=tied, devices=1, steps=1)
+    whole, ddp = (run(kind, model=tied, steps=2) for kind in (PEFTFSDPStrategy(start_method="fork", units=[]), "ddp"))
+    assert whole.losses == ddp.losses
+
+
+def test_optimizers_of_bitsandbytes_are_refused_sharded(run):
+    def optimizer(parameters):
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=1e-3)
+
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    module = PEFTModule(tiny_llama(), LoRA(rank=4), optimizer=optimizer)
+    with pytest.raises(
+        ProcessRaisedException, match=r"ConfigError: bitsandbytes\.\S+AdamW8bit takes no sharded tensors"
+    ):
+        run("fsdp", module=module, devices=1, steps=1)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_averaging_of_weights_is_refused_sharded_and_with_checkpoints(run, tmp_path):
+    with pytest.raises(ProcessRaisedException, match="ConfigError: EMAWeightAveraging copies the model"):
+        run("fsdp", devices=1, steps=1, callbacks=[EMAWeightAveraging()])
+    with pytest.raises(ConfigError, match="EMAWeightAveraging puts the whole averaged model, its base included"):
+        run("single", steps=1, callbacks=[EMAWeightAveraging()], save=tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [PEFTDDPStrategy, PEFTFSDPStrategy])
+def test_precision_that_quantises_adapters_is_refused(strategy):
+    made = strategy()
+    made.precision_plugin = object.__new__(BitsandbytesPrecision)  # which Lightning makes on CUDA only
+    with pytest.raises(ConfigError, match="BitsandbytesPrecision quantises every linear layer, those of adapters too"):
+        made.setup_environment()
+
+
+class Odd:
+    """Something that torch loads from trusted files only."""
+
+
+class KeepsOdd(Callback):
+    """Puts it into checkpoints."""
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        checkpoint["odd"] = Odd()
+
+
+def test_a_file_that_is_to_be_trusted_is_refused_with_what_to_do(run, tmp_path):
+    run("single", steps=1, save=tmp_path, callbacks=[KeepsOdd()])
+    with pytest.raises(
+        ProcessRaisedException, match=r"does not tell strategies that shard of weights_only=False.*add_safe_globals"
+    ):
+        run("fsdp", devices=1, steps=2, resume=str(tmp_path / "step=1.ckpt"))
 
 
 class SavesAlone(Callback):

@@ -9,12 +9,15 @@ from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
 from lightning_peft import LoRA, PEFTModule
-from lightning_peft.errors import CheckpointMismatchError
+from lightning_peft.errors import CheckpointMismatchError, LightningPEFTWarning
 from lightning_peft.sharded_folders import read_folder
 from lightning_peft.strategies.fsdp import PEFTFSDPStrategy
 from lightning_peft.testing import tiny_llama
 
 KINDS = ["single", "ddp", "fsdp", "fsdp folder"]
+SPLIT = [  # over a group that shares each layer
+    ("single", "tensor"), ("tensor", "fsdp"), ("fsdp folder", "tensor folder"), ("tensor", "tensor folder")
+]  # fmt: skip
 STEPS = 6
 
 
@@ -50,14 +53,16 @@ def whole():
     return of
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(KINDS, KINDS)))
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(KINDS, KINDS), *SPLIT])
 def test_any_strategy_goes_on_from_any_other(run, saved, whole, before, after):
     path = saved(run, before)
-    assert path.is_dir() == (before == "fsdp folder")
+    assert path.is_dir() == before.endswith("folder")
     resumed = run(after, steps=STEPS, resume=str(path), lr=1e-3)
     alone = whole(run, after)
     losses = alone.losses[STEPS // 2 :]
-    if after == before or {before, after} <= {"fsdp", "fsdp folder", "ddp"}:
+    if any(
+        {before, after} <= alike for alike in ({"single"}, {"fsdp", "fsdp folder", "ddp"}, {"tensor", "tensor folder"})
+    ):
         assert resumed.losses == losses
         assert resumed.state
         assert resumed.state.keys() == alone.state.keys()
@@ -78,8 +83,7 @@ def test_two_processes_then_one_then_two(run, tmp_path):
     assert relative([*middle.losses, *last.losses], alone.losses[2:]) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp folder"])
-@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize(("kind", "at"), [*itertools.product(["ddp", "fsdp", "fsdp folder"], [2, 3]), ("tensor", 2)])
 def test_a_shuffled_run_with_dropout_goes_on_bit_for_bit(run, tmp_path, kind, at):
     """Within an epoch of three batches, and at its end; each process has random numbers and rows of its own."""
     fields = {"method": LoRA(rank=4, dropout=0.2), "shuffle": True, "lr": 1e-3, "batches": 3}
@@ -150,5 +154,68 @@ def test_a_broken_folder_is_named(tmp_path):
 
 
 def test_another_adapter_is_refused_by_name(run, saved):
-    with pytest.raises(Exception, match="rank|shape|Missing|checkpoint"):
-        run("fsdp", method=LoRA(rank=2), resume=str(saved(run, "single")), lr=1e-3)
+    with pytest.raises(
+        Exception, match="CheckpointMismatchError: adapter 'model:default'.* differ: rank was 4 and is 2"
+    ):
+        run("fsdp", method=LoRA(rank=2, init="gaussian"), resume=str(saved(run, "single")), lr=1e-3)
+
+
+class Midst(Callback):
+    """Saves after one batch of the second window of three."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 4:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize(("before", "after"), [("fsdp folder", "ddp"), ("ddp", "fsdp"), ("half", "half")])
+def test_a_window_goes_on_in_its_midst(run, tmp_path, before, after):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9, "method": LoRA(rank=4, dropout=0.2)}
+
+    def chosen(kind):
+        return PEFTFSDPStrategy(start_method="fork", gather_dtype="bf16") if kind == "half" else kind
+
+    alone = run(chosen(before), callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    resumed = run(chosen(after), resume=str(tmp_path / "midst.ckpt"), **fields)
+    assert resumed.losses == alone.losses[5:]
+    for key, value in alone.state.items():
+        assert torch.equal(resumed.state[key], value), key
+
+
+def test_a_window_of_another_number_of_processes_starts_anew_with_a_warning(run, tmp_path):
+    fields = {"lr": 1e-3, "accumulate_grad_batches": 3, "steps": 3, "batches": 9}
+    run("fsdp", callbacks=[Midst(tmp_path / "midst.ckpt")], **fields)
+    with pytest.warns(LightningPEFTWarning, match="gathered gradients of 2 processes and this run has 1"):
+        run("single", resume=str(tmp_path / "midst.ckpt"), **fields)
+
+
+class Placed(Callback):
+    """Writes by which dimension each trained tensor is cut, and the elements that this process has."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, module):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        found = {name: (p.placements[-1].dim, p.to_local().numel() / p.numel()) for name, p in trained.items()}
+        if trainer.global_rank == trainer.world_size - 1:
+            torch.save(found, self.path)
+
+
+def test_few_rows_are_cut_by_columns_and_go_on_in_other_layouts(run, tmp_path):
+    """Of rank 2 among four processes: by rows, half of them would have nothing."""
+    fields = {"method": LoRA(rank=2, init="gaussian"), "lr": 1e-3}
+    alone = run("ddp", steps=4, **fields)
+    run("fsdp folder", devices=4, steps=2, save=tmp_path / "few", callbacks=[Placed(tmp_path / "placed")], **fields)
+    placed = torch.load(tmp_path / "placed")
+    assert {name.rpartition(".")[2]: dim for name, (dim, _) in placed.items()} == {"lora_A": 1, "lora_B": 1}
+    assert {part for _, part in placed.values()} == {0.25}
+    path = tmp_path / "few" / "step=2.ckpt"
+    for after in ("ddp", PEFTFSDPStrategy(start_method="fork", replicate=2)):
+        devices = 4 if isinstance(after, PEFTFSDPStrategy) else None
+        resumed = run(after, devices=devices, steps=4, resume=str(path), **fields)
+        assert relative(resumed.losses, alone.losses[2:]) <= 1e-6

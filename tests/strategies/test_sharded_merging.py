@@ -10,7 +10,9 @@ from lightning_peft import (
     DoRA,
     LoRA,
     MergeAdapters,
+    MoEUpcycling,
     NormTuning,
+    PEFTFSDPStrategy,
     QLoRA,
     adapter_layers,
     load_adapter,
@@ -21,9 +23,12 @@ from lightning_peft import (
     unmerge_adapters,
 )
 from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.errors import MergeError
+from lightning_peft.errors import AdapterFileError, ExportError, MergeError
 from lightning_peft.fingerprint import fingerprint, remembered
 from lightning_peft.merging import outputs
+from lightning_peft.plugins.exporters import AdapterFolder, MergedTransformers
+from lightning_peft.plugins.gguf_format import GGUFAdapter
+from lightning_peft.plugins.moe_exporters import Mixtral, MixtralPEFT, TransformersMoE
 from lightning_peft.sharded_tensors import whole_adapters
 from lightning_peft.testing import tiny_llama, token_batch
 
@@ -74,11 +79,20 @@ class Merging(Callback):
         dist.barrier()
 
 
+@pytest.mark.filterwarnings("ignore:PEFTModule.configure_model does not make the model")  # it has no adapters any more
 @pytest.mark.parametrize(
-    "method", [LoRA(rank=4, init="gaussian"), DoRA(rank=4), NormTuning()], ids=["lora", "dora", "norms"]
+    ("method", "layout"),
+    [
+        (LoRA(rank=4, init="gaussian"), {}),
+        (LoRA(rank=4, init="gaussian"), {"tensor_parallel": 2}),
+        (DoRA(rank=4), {}),
+        (NormTuning(), {}),
+    ],
+    ids=["lora", "lora 2 x 2", "dora", "norms"],
 )
-def test_each_process_merges_its_part_of_what_one_process_merges(run, tmp_path, method):
-    run("fsdp", method=method, callbacks=[Merging(tmp_path)])
+def test_each_process_merges_its_part_of_what_one_process_merges(run, tmp_path, method, layout):
+    strategy = PEFTFSDPStrategy(start_method="fork", **layout)
+    run(strategy, method=method, devices=4 if layout else 2, steps=2, callbacks=[Merging(tmp_path)])
     saved = torch.load(tmp_path / "saved.pt", weights_only=True)
     model = tiny_llama()
     load_adapter(model, tmp_path / "adapter")
@@ -130,3 +144,42 @@ def test_the_callback_merges_in_place(run, tmp_path):
     run("fsdp", method=LoRA(rank=4, init="gaussian"), callbacks=[Look()])
     assert (tmp_path / "0").exists()
     assert (tmp_path / "1").exists()
+
+
+class Exports(Callback):
+    """Asks every exporter for what no process holds whole, and for the adapter where it is made whole."""
+
+    def __init__(self, exporters, folder):
+        self.exporters, self.folder = exporters, folder
+
+    def on_train_end(self, trainer, module):
+        for exporter in self.exporters:
+            with pytest.raises((MergeError, ExportError, AdapterFileError), match="is sharded|are sharded"):
+                exporter.export(module.model, self.folder / exporter.name)
+            assert not (self.folder / exporter.name).exists()
+            if exporter.name in ("gguf_adapter", "adapter"):
+                known = remembered([module.model], full=False)
+                with known, whole_adapters(module, keep=trainer.is_global_zero):
+                    if trainer.is_global_zero:
+                        exporter.export(module.model, self.folder / exporter.name)
+        dist.barrier()
+
+
+def test_every_exporter_refuses_a_sharded_model_or_writes_whole_adapters(run, tmp_path):
+    small = [AdapterFolder(), GGUFAdapter(), MergedTransformers()]
+    run(
+        "fsdp",
+        method=LoRA(rank=4, init="gaussian"),
+        callbacks=[Exports(small, tmp_path)],
+        save=tmp_path / "run",
+        steps=1,
+    )
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "run" / "step=1.adapter")
+    for exporter in small[:2]:
+        exporter.export(model, tmp_path / "alone")
+        for file in (tmp_path / exporter.name).iterdir():
+            if file.suffix in (".safetensors", ".gguf"):
+                assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes()
+    mixtures = [TransformersMoE(), Mixtral(), MixtralPEFT()]
+    run("fsdp", method=MoEUpcycling(experts=4, top_k=2), callbacks=[Exports(mixtures, tmp_path)], steps=1)

@@ -1,0 +1,137 @@
+"""Questions with answers to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from typing_extensions import override
+
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.collating import padded
+from lightning_peft.data.examples import Example
+from lightning_peft.data.sources import Row
+from lightning_peft.data.tokenized import TokenizedDataModule
+from lightning_peft.errors import BadRowError
+
+
+class MultipleChoiceDataModule(TokenizedDataModule):
+    """A question and some answers, one of which is right, for the ``ForMultipleChoice`` models of transformers.
+
+    Batches are ``{"input_ids", "attention_mask"}``, each (batch, choices, longest), and ``labels`` (batch,). All rows have as many choices.
+
+    Args:
+        tokenizer: folder or hub id of the tokenizer.
+        train: file, folder or hub id to train on, or several by the names of adapters.
+        val: file to evaluate on, or several by name.
+        question_field: the field of the question.
+        choices_field: the field of the answers: a list, or several fields of one answer each.
+        label_field: the field with the number of the right one, from 0.
+        num_choices: how many answers a row has; those of the first row if None.
+        max_length: tokens of a question with an answer; longer ones are cut, or refused: see ``on_bad_rows``.
+        options: arguments of :class:`RowsDataModule`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str | dict[str, str],
+        val: str | dict[str, str] | None = None,
+        *,
+        question_field: str = "question",
+        choices_field: str | list[str] = "choices",
+        label_field: str = "label",
+        num_choices: int | None = None,
+        max_length: int = 512,
+        **options: Any,
+    ) -> None:
+        super().__init__(tokenizer, train, val, **options)
+        self.check_whole(1, max_length=max_length)
+        if num_choices is not None:
+            self.check_whole(2, num_choices=num_choices)
+        self.question_field, self.choices_field, self.label_field = question_field, choices_field, label_field
+        self.num_choices, self.max_length = num_choices, max_length
+
+    @override
+    def prepare(self) -> None:
+        super().prepare()
+        if self.num_choices is None:
+            name, source = next(iter(self._train.items()))
+            for row in self.read(name, source, BadRows("report")):
+                try:
+                    self.num_choices = len(self._choices(row))
+                except BadRowError:
+                    continue
+                return
+
+    @override
+    def example(self, row: Row, bad_rows: BadRows) -> Example:
+        """Return the tokens of the question with each answer, and the number of the right one.
+
+        Raises:
+            BadRowError: a field is missing, or there are fewer or more answers than in other rows, or none of that number.
+        """
+        question, choices, label = row.text(self.question_field), self._choices(row), row.field(self.label_field)
+        if self.num_choices is not None and len(choices) != self.num_choices:
+            raise BadRowError(
+                "malformed", row.where, f"has {len(choices)} choices, and num_choices is {self.num_choices}"
+            )
+        label = int(label) if isinstance(label, str) and label.isdecimal() else label
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
+            raise BadRowError("malformed", row.where, f"has {label!r} as the right one of {len(choices)} choices")
+        ids = [self.loaded_tokenizer(question, choice, verbose=False)["input_ids"] for choice in choices]
+        longest = max(ids, key=len)
+        if self.cut(longest, self.max_length, row, bad_rows) < len(longest):
+            # The answer is what the choices differ in, so the question is cut.
+            only = {"truncation": "only_first", "max_length": self.max_length}
+            try:
+                ids = [self.loaded_tokenizer(question, choice, **only)["input_ids"] for choice in choices]
+            except Exception as error:  # the library of tokenizers has no error of its own
+                raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens") from error
+            if any(len(one) > self.max_length for one in ids):
+                raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens")
+        return {"input_ids": ids, "labels": label}
+
+    def _choices(self, row: Row) -> list[str]:
+        if isinstance(self.choices_field, list):
+            return [row.text(name) for name in self.choices_field]
+        choices = row.field(self.choices_field)
+        if isinstance(choices, dict):  # ARC and OpenBookQA as the hub has them: {"text": [...], "label": [...]}
+            choices = choices.get("text")
+        if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
+            raise BadRowError("malformed", row.where, f"has no list of texts as {self.choices_field!r}: {choices!r}")
+        if not all(one.strip() for one in choices):
+            raise BadRowError("empty", row.where, "has a choice without text")
+        return choices
+
+    @override
+    def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
+        return ChoiceCollator(self.pad_id)
+
+    @override
+    def shown(self, example: Example) -> list[tuple[str, bool]]:
+        """Return the question with each answer on a line; the right one is what is predicted."""
+        right = int(example["labels"])
+        lines = [
+            (self.loaded_tokenizer.decode(ids), number == right) for number, ids in enumerate(example["input_ids"])
+        ]
+        return [(f"{text}\n", chosen) for text, chosen in lines]
+
+
+@dataclass(frozen=True)
+class ChoiceCollator:
+    """Batches of several token sequences a row."""
+
+    pad: int
+
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """Return ``input_ids`` and ``attention_mask`` (batch, choices, longest), and ``labels`` (batch,)."""
+        rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
+        shape = (len(examples), len(examples[0]["input_ids"]), -1)
+        return {
+            "input_ids": padded(rows, self.pad).view(shape),
+            "attention_mask": padded([torch.ones_like(row) for row in rows], 0).view(shape),
+            "labels": torch.tensor([int(example["labels"]) for example in examples]),
+        }

@@ -1,0 +1,95 @@
+"""What data modules with a tokenizer share: the tokenizer, the greatest length, and rows shown as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from typing_extensions import override
+
+from lightning_peft.batch_parts import IGNORED
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.examples import Example
+from lightning_peft.data.rows_module import RowsDataModule
+from lightning_peft.data.sources import Row
+from lightning_peft.errors import BadRowError, ConfigError
+
+
+class TokenizedDataModule(RowsDataModule):
+    """A data module that makes token ids of text.
+
+    Args:
+        tokenizer: folder or hub id of the tokenizer.
+        train: file, folder or hub id to train on, or several by the names of adapters.
+        val: file to evaluate on, or several by name.
+        options: arguments of :class:`RowsDataModule`.
+    """
+
+    def __init__(
+        self, tokenizer: str, train: str | dict[str, str], val: str | dict[str, str] | None = None, **options: Any
+    ) -> None:
+        super().__init__(train, val, **options)
+        self.tokenizer = tokenizer
+        self._tokenizer: Any = None
+
+    @override
+    def prepare_data(self) -> None:
+        """Fetch the tokenizer, in one process only."""
+        self._load_tokenizer()
+
+    @override
+    def prepare(self) -> None:
+        self._tokenizer = self._tokenizer or self._load_tokenizer()
+
+    @property
+    def loaded_tokenizer(self) -> Any:
+        """The tokenizer itself; loaded when it is first asked for."""
+        self._tokenizer = self._tokenizer or self._load_tokenizer()
+        return self._tokenizer
+
+    def _load_tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"no tokenizer can be loaded from {self.tokenizer!r}; give the folder of one, or a hub id and a network. "
+                f"transformers says: {error}"
+            ) from error
+
+    @property
+    def pad_id(self) -> int:
+        """The id that rows are filled up with; nothing attends to it and nothing is predicted there."""
+        tokenizer = self.loaded_tokenizer
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    def cut(self, ids: list[int], longest: int, row: Row, bad_rows: BadRows) -> int:
+        """Return how many of ``ids`` are kept, and note the row where some are not."""
+        if len(ids) > longest:
+            found = f"has {len(ids)} tokens, {len(ids) - longest} more than max_length={longest}"
+            bad_rows.note(BadRowError("truncated", row.where, found))
+        return min(len(ids), longest)
+
+    @override
+    def shown(self, example: Example) -> list[tuple[str, bool]]:
+        """Return the text of an example, in pieces that are predicted and such that are not."""
+        ids = [int(one) for one in example["input_ids"]]
+        return self.pieces(ids, [int(label) != IGNORED for label in example["labels"]])
+
+    def pieces(self, ids: Sequence[int], predicted: Iterable[bool]) -> list[tuple[str, bool]]:
+        """Return the text of token ids, cut where it changes whether they are predicted."""
+        tokenizer = self.loaded_tokenizer
+        pieces: list[tuple[str, bool]] = []
+        before, start = "", 0
+        marks = list(predicted)
+        for end in range(1, len(ids) + 1):
+            if end == len(ids) or marks[end] != marks[start]:
+                # The text of all tokens so far, less what was shown: a token alone may lose the space before it.
+                text = tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False)
+                pieces.append((text[len(before) :], marks[start]))
+                before, start = text, end
+        return pieces

@@ -1,0 +1,107 @@
+"""Rows of every kind of file; what is wrong with one is told with its file and line, or counted."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from lightning_peft.data.bad_rows import BadRows
+from lightning_peft.data.sources import Row, read_rows
+from lightning_peft.errors import BadRowError, ConfigError
+
+ROWS = [{"text": "a b", "n": "1"}, {"text": "c, d", "n": "2"}]
+
+
+def values(source, bad_rows=None, **options):
+    return [dict(row.values) for row in read_rows(str(source), BadRows() if bad_rows is None else bad_rows, **options)]
+
+
+def test_all_kinds_of_files_give_the_same_rows(tmp_path, jsonl):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text('text,n\r\na b,1\r\n"c, d",2\r\n')
+    assert values(jsonl("a.jsonl", ROWS)) == values(tmp_path / "a.csv") == values(tmp_path / "a.parquet") == ROWS
+    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert values(tmp_path / "a.txt") == [{"text": "one"}, {"text": "two"}]
+    assert values(tmp_path / "a.txt", whole_text=True) == [{"text": "one\n\ntwo"}]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_is_read_as_a_data_set_of_the_hub_is(tmp_path, monkeypatch, jsonl, streaming):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    jsonl("set/train.jsonl", ROWS)
+    jsonl("set/test.jsonl", ROWS[:1])
+    options = {"streaming": streaming, "options": {"cache_dir": str(tmp_path / "cache")}}
+    rows = list(read_rows(str(tmp_path / "set"), BadRows(), **options))
+    assert [dict(row.values) for row in rows] == ROWS
+    assert rows[1].where == f"'{tmp_path / 'set'}:train' line 2"
+    assert values(f"{tmp_path / 'set'}:test", **options) == ROWS[:1]
+    with pytest.raises(ConfigError, match="load_dataset can read with split='valid'"):
+        values(f"{tmp_path / 'set'}:valid", **options)
+
+
+def test_malformed_rows_are_counted_with_file_and_line(tmp_path, jsonl):
+    bad = BadRows("report")
+    path = jsonl("a.jsonl", [ROWS[0], "{broken", "[1]", "", ROWS[1]])
+    assert values(path, bad) == ROWS
+    assert dict(bad.counts) == {"malformed": 2}
+    assert bad.to_dict()["malformed"]["rows"][1] == f"'{path}' line 3 is a JSON list, not an object with fields"
+    assert str(bad).startswith(f"2 malformed rows left out: '{path}' line 2 is not JSON")
+    csv = tmp_path / "a.csv"
+    csv.write_text('text,n\na,1\n"two\nlines",2\nb\nc,3,4\nd,5\n')
+    bad = BadRows("report")
+    assert values(csv, bad) == [{"text": t, "n": n} for t, n in [("a", "1"), ("two\nlines", "2"), ("d", "5")]]
+    assert [place.partition("line ")[2] for place in bad.places["malformed"]] == [
+        "5 has 1 values for the 2 columns text, n",
+        "6 has 3 values for the 2 columns text, n",
+    ]
+    mixed = tmp_path / "b.txt"
+    mixed.write_bytes(b"good\n\xff\nalso\n")
+    bad = BadRows("report")
+    assert values(mixed, bad) == [{"text": "good"}, {"text": "also"}]
+    assert "line 2 is not UTF-8 text" in str(bad)
+
+
+def test_a_malformed_row_is_refused_where_that_is_asked_for(jsonl):
+    with pytest.raises(BadRowError, match=r"a.jsonl' line 2 is not JSON.*; on_bad_rows='report' counts such rows"):
+        values(jsonl("a.jsonl", [ROWS[0], "{broken"]))
+    with pytest.raises(ConfigError, match="on_bad_rows must be 'raise' or 'report', got 'ignore'"):
+        BadRows("ignore")
+
+
+def test_a_field_that_is_missing_or_empty_or_no_text_is_told():
+    row = Row({"text": "a", "empty": " ", "number": 3}, "a.jsonl", 7)
+    assert row.text("text") == "a"
+    for name, message in {
+        "txt": "'a.jsonl' line 7 has no field 'txt'; did you mean 'text'",
+        "empty": "has no text as 'empty'",
+        "number": "has a int as 'number', not text",
+    }.items():
+        with pytest.raises(BadRowError, match=message):
+            row.text(name)
+
+
+def test_what_is_no_file_of_rows_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_text("no")
+    (tmp_path / "b.csv").write_text("a,a\n1,2\n")
+    for source, message in {
+        str(tmp_path / "a.parquet"): "is not a parquet file",
+        str(tmp_path / "b.csv"): "has two columns of one name",
+        "nowhere.csv": "there is no text file 'nowhere.csv'",
+        "a.doc": "'a.doc' is none of .jsonl, .csv, .parquet, .txt",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            values(source)
+
+
+def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_text("no")
+    for source in (str(tmp_path), str(tmp_path / "a.parquet")):
+        with pytest.raises(ConfigError, match=r"not installed: pip install 'lightning-peft\[data\]'"):
+            values(source)
