@@ -21,6 +21,7 @@ from lightning_peft.errors import ConfigError, LightningPEFTError
 from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places
 from lightning_peft.interfaces import Method
+from lightning_peft.quantized_layers import packed_layers
 from lightning_peft.saved_modules import inside, note_new
 from lightning_peft.surgery import plan, resolve_family
 from lightning_peft.targets import Targets, matches
@@ -285,7 +286,8 @@ def training_also(
         by_rows: each acts on rows of its own, and so each one gets them.
 
     Raises:
-        ConfigError: an adaptation would be left with nothing but parts of ``new``, of which it cannot hold the random weights.
+        ConfigError: an adaptation would be left with nothing but parts of ``new``, of which it cannot hold the random weights, or one
+            of ``new`` is quantised.
     """
     if not new:
         return list(adaptations)
@@ -301,6 +303,12 @@ def training_also(
     ]
     if not lacking:
         return list(adaptations)
+    packed = [place for place in packed_layers(model) if inside(place, lacking)]
+    if packed:
+        raise ConfigError(
+            f"{', '.join(packed)} of {type(model).__name__} has new, random weights that must be trained in full, but was quantised as it was loaded; "
+            f"keep it out of that, as with skip={packed}"
+        )
     first, *others = adaptations
     if first.targets is not None:  # those that nobody named leave room by themselves
         first = _without(model, first, lacking, family)

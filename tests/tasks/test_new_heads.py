@@ -13,6 +13,7 @@ from lightning_peft import (
     PEFTModule,
     PopulationModule,
     PromptTuning,
+    QLoRA,
     SequenceClassificationLoader,
     load_adapter,
     save_adapter,
@@ -60,6 +61,18 @@ def test_an_adapter_holds_a_new_head_whole_whatever_the_method_adapts(method, ta
 def test_targets_in_a_new_head_alone_are_refused(loader):
     with pytest.raises(ConfigError, match="adapt nothing but classifier"):
         PEFTModule(loader, LoRA(rank=2), "classifier").configure_model()
+
+
+def test_a_new_head_that_was_quantised_is_refused_with_what_to_do(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "bert")
+    wide = SequenceClassificationLoader(path=str(tmp_path / "bert"), num_labels=3)
+    with pytest.raises(ConfigError, match=r"bert.pooler.dense .*skip=\['bert.pooler.dense'\]"):
+        PEFTModule(wide, QLoRA(rank=2)).configure_model()
+    module = PEFTModule(wide, QLoRA(rank=2, skip=["bert.pooler.dense"]))
+    module.configure_model()
+    assert list(module.model.bert.pooler.dense.adapters) == ["default"]
 
 
 def test_of_methods_that_act_together_one_trains_a_new_head(loader):
