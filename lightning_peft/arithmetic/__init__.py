@@ -13,6 +13,7 @@ The last two are what the tools for finished adapters reckon with.
 ``parameter_copies``    trainable copies of a module's own parameters
 ``prefixes``            keys and values in front of those of attention
 ``prompts``             virtual tokens in front of the input
+``chunked_cross_entropy``  losses of heads over a vocabulary, some tokens at a time
 ``thin_products``       measures and best approximations of a product B A that is never written out
 ``task_vectors``        one tensor from several: sums, TIES, DARE, pruning
 ======================  ===================================================================
