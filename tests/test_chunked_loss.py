@@ -239,7 +239,10 @@ def test_models_without_a_head_and_compiled_ones_are_refused():
         chunked_loss(LlamaForSequenceClassification(LlamaConfig(**SIZES))),
     ):
         pass
-    with pytest.raises(ConfigError, match="compile its blocks"), chunked_loss(torch.compile(tiny_llama(), backend="eager")):
+    with (
+        pytest.raises(ConfigError, match="compile its blocks"),
+        chunked_loss(torch.compile(tiny_llama(), backend="eager")),
+    ):
         pass
 
 

@@ -124,17 +124,25 @@ class _Found:
         self.several = steps > 1
         self.of_hidden: Tensor | None = None
         self.of_leaves: dict[int, tuple[Tensor, Tensor]] = {}
-        count = counted.sum().to(torch.float32)
-        # Gradients are kept at 1/count times a power of two, which 16 bits hold better and which changes no digit.
-        power = torch.exp2(torch.ceil(torch.log2(count.clamp(min=1))))
-        self.count = count if settings.mean else torch.ones_like(count)
-        self.weight = power / count.clamp(min=1) if settings.mean else torch.ones_like(count)
-        self.factor = 1 / power if settings.mean else torch.ones_like(count)
+        self.all = counted.sum().to(torch.float32) if settings.mean else None
+        self.weight = self.factor = torch.ones((), device=hidden.device)
+
+    def weigh(self, dtype: torch.dtype) -> None:
+        """Choose how gradients are kept, for logits of ``dtype``: ``weight`` goes into each, ``factor`` in backward."""
+        if self.all is None:
+            return
+        count = self.all.clamp(min=1)
+        if dtype.itemsize >= 4:
+            self.factor = 1 / count
+            return
+        # 1/count rounds as in one piece, and the power of two changes no digit but keeps small values.
+        power = torch.exp2(torch.ceil(torch.log2(count)))
+        self.weight, self.factor = power / count, 1 / power
 
     @property
     def loss(self) -> Tensor:
         total = torch.stack(self.losses).sum() if self.losses else self.hidden.new_zeros((), dtype=torch.float32)
-        return total / self.count
+        return total if self.all is None else total / self.all
 
     @property
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
@@ -163,13 +171,11 @@ class _Found:
             self.of_leaves[id(leaf)][1].add_(gradient)
 
 
-@torch.no_grad()
-def _detached_buffer(buffers: dict[str, Tensor], name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Return a tensor that chunk after chunk is written into."""
-    held = buffers.get(name)
-    if held is None or len(held) < shape[0] or held.shape[1] != shape[1] or held.dtype != like.dtype:
-        held = buffers[name] = like.new_empty(shape)
-    return held[: shape[0]]
+def _buffer(buffers: dict[str, Tensor], name: str, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor of the shape of ``like`` (c, vocabulary) that chunk after chunk is written into."""
+    if name not in buffers or len(buffers[name]) < len(like):
+        buffers[name] = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
+    return buffers[name][: len(like)]
 
 
 def _in_chunks(
@@ -214,27 +220,19 @@ def _one_chunk(
 ) -> None:
     """Add the loss and the gradients of one chunk; ``logits`` are what ``head`` made of ``x``."""
     values = logits.detach().flatten(0, -2)  # (c, vocabulary)
-    wide = torch.promote_types(values.dtype, torch.float32)
-    if values.dtype == wide:
-        log_p = _detached_buffer(buffers, "log_p", (len(values), values.shape[1]), values)
-        torch.log_softmax(values, -1, out=log_p)
-    else:
-        log_p = torch.log_softmax(values, -1, dtype=wide)
-    counts = labels != settings.ignore_index
-    target = labels.clamp(min=0).unsqueeze(1) if all_count else torch.where(counts, labels, 0).unsqueeze(1)  # (c, 1)
+    if not found.losses:
+        found.weigh(values.dtype)
+    counts = None if all_count else labels != settings.ignore_index
+    target = (labels if counts is None else torch.where(counts, labels, 0)).unsqueeze(1)  # (c, 1)
     smooth = settings.label_smoothing
-    losses = log_p.gather(1, target).squeeze(1) * (smooth - 1)
-    if smooth:
-        losses -= log_p.mean(1) * smooth
-    found.losses.append((losses if all_count else losses.masked_fill(~counts, 0)).sum())
-    if not logits.requires_grad:
+    weights = found.weight if counts is None else found.weight * counts
+    losses, slope = (_narrow if values.dtype.itemsize < 4 else _wide)(
+        values, target, smooth, weights, buffers, sloped=logits.requires_grad
+    )
+    found.losses.append((losses if counts is None else losses.masked_fill(~counts, 0)).sum())
+    if slope is None:
         return
-    with torch.no_grad():
-        slope = log_p.exp_().scatter_add_(1, target, torch.full_like(target, smooth - 1, dtype=wide))  # p - y
-        if smooth:
-            slope.sub_(smooth / slope.shape[1])
-        slope.mul_(found.weight if all_count else (found.weight * counts).unsqueeze(1).to(wide))
-        slope = slope.to(logits.dtype).view(logits.shape)
+    slope = slope.view(logits.shape)
     leaves = [leaf for leaf in trained_leaves(logits) if leaf is not x]
     asked = [x, *leaves] if x.requires_grad else leaves
     with torch.autocast(logits.device.type, enabled=False):  # backward runs outside of it as a rule
@@ -243,6 +241,48 @@ def _one_chunk(
         found.take_hidden(start, gradients[0])
     for leaf, gradient in zip(leaves, gradients[len(asked) - len(leaves) :], strict=True):
         found.take_leaf(leaf, gradient)
+
+
+@torch.no_grad()
+def _wide(
+    logits: Tensor, target: Tensor, smooth: float, weights: Tensor, buffers: dict[str, Tensor], *, sloped: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return the loss of each row of ``logits`` (c, vocabulary), and the gradient to them times ``weights``, a scalar or (c,)."""
+    log_p = _buffer(buffers, "log_p", logits)
+    torch.log_softmax(logits, -1, out=log_p)
+    losses = log_p.gather(1, target).squeeze(1) * (smooth - 1)
+    if smooth:
+        losses -= log_p.mean(1) * smooth
+    if not sloped:
+        return losses, None
+    slope = log_p.exp_().scatter_add_(1, target, torch.full_like(target, smooth - 1, dtype=log_p.dtype))  # p - y
+    if smooth:
+        slope.sub_(smooth / slope.shape[1])
+    if weights.dim():
+        slope.mul_(weights.unsqueeze(1))
+    return losses, slope
+
+
+@torch.no_grad()
+def _narrow(
+    logits: Tensor, target: Tensor, smooth: float, weights: Tensor, buffers: dict[str, Tensor], *, sloped: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_wide`, for logits of 16 bits: in one copy of 32 bits, and with the gradient in 16."""
+    work = _buffer(buffers, "work", logits, torch.float32)
+    vocabulary = work.shape[1]
+    largest = logits.amax(1, keepdim=True)
+    torch.sub(work.copy_(logits), largest, out=work)
+    picked = work.gather(1, target).squeeze(1)
+    mean = work.mean(1) if smooth else picked
+    total = work.exp_().sum(1)
+    losses = total.log() - picked * (1 - smooth) - mean * smooth
+    if not sloped:
+        return losses, None
+    work.mul_((weights / total).unsqueeze(1))
+    work.scatter_add_(1, target, (weights * (smooth - 1)).expand_as(total).unsqueeze(1))
+    if smooth:
+        work.sub_(weights.expand_as(total).unsqueeze(1) * (smooth / vocabulary))
+    return losses, work.to(logits.dtype)
 
 
 def trained_leaves(tensor: Tensor) -> list[Tensor]:
