@@ -142,6 +142,54 @@ def test_adapters_by_rows_on_the_head():
         assert_same(*gradients(model, batch()))
 
 
+def test_virtual_tokens_by_rows():
+    model = tiny_llama()
+    inject(model, PromptTuning(num_virtual_tokens=3), name="a")
+    inject(model, PromptTuning(num_virtual_tokens=2), name="b")
+    with adapter_rows(model, ["b", None, "a"]):
+        assert_same(*gradients(model, batch()))
+
+
+@pytest.fixture
+def mesh():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_by_fsdp2(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_llama()
+    inject(model, LoRA(rank=2), ["q_proj"], modules_to_save=["lm_head"])
+    sharded = copy.deepcopy(randomized(model))
+    for block in sharded.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    model(**batch()).loss.backward()
+    with chunked_loss(sharded, ChunkedLoss(tokens=5)):
+        sharded(**batch()).loss.backward()
+    for one, other in zip(model.parameters(), sharded.parameters(), strict=True):
+        if one.requires_grad:
+            assert torch.allclose(other.grad.full_tensor(), one.grad, rtol=1e-4, atol=1e-7)
+    fully_shard(model.lm_head, mesh=mesh)
+    with chunked_loss(model), pytest.raises(ConfigError, match="split over processes"):
+        model(**batch())
+
+
+def test_blocks_may_be_compiled():
+    model = tiny_llama()
+    inject(model, LoRA(rank=2))
+    wanted = model(**batch()).loss
+    for block in model.model.layers:
+        block.compile(backend="eager")
+    with chunked_loss(model):
+        assert torch.allclose(model(**batch()).loss, wanted, rtol=1e-6)
+
+
 def test_the_number_of_items_is_that_of_transformers():
     model, inputs = tiny_llama(), batch()
     inputs["num_items_in_batch"] = torch.tensor(40)

@@ -100,6 +100,17 @@ def test_bfloat16_is_no_worse_than_the_whole(trained):
     assert (chunked[1:] <= 1.5 * plain[1:]).all()  # a head in 16 bits: one rounding a chunk, and one of their sum
 
 
+@pytest.mark.parametrize("rows_apart", [False, True])
+def test_bfloat16_smoothed_and_summed(rows_apart):
+    hidden, head, labels = problem(torch.bfloat16)
+    settings = CrossEntropy(tokens=16, label_smoothing=0.3, mean=False)
+    found, tokens = chunked_cross_entropy(hidden, head, labels, settings, rows_apart=rows_apart, predictions=True)
+    wanted = whole(hidden, head, labels, label_smoothing=0.3, reduction="sum")
+    assert difference(found.detach(), wanted.detach()) <= 1e-6
+    assert difference(torch.autograd.grad(found, hidden)[0], torch.autograd.grad(wanted, hidden)[0]) <= 5e-3
+    assert torch.equal(tokens, torch.where(labels == -100, -1, head(hidden).argmax(-1)))
+
+
 def test_float16_keeps_what_the_scale_of_the_loss_keeps():
     hidden, head, labels = problem(torch.float16, length=200, vocabulary=500)
     exact = hidden.detach().double().requires_grad_()
