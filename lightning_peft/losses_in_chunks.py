@@ -213,8 +213,10 @@ class DeferredLogits:
     @property
     def shape(self) -> torch.Size:
         """The shape that the logits would have."""
-        head = self._call.head
-        return torch.Size([*self._leading, int(head.weight.shape[0])])  # type: ignore[union-attr, arg-type, operator]
+        head: Any = self._call.head
+        # A packed weight has another shape than what it stands for.
+        vocabulary = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+        return torch.Size([*self._leading, int(vocabulary)])
 
     @property
     def device(self) -> torch.device:
@@ -369,6 +371,16 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def with_settings(given: bool | ChunkedLoss) -> ChunkedLoss | None:
-    """Return the settings that an option stands for; None where the loss is computed as always."""
-    return given if isinstance(given, ChunkedLoss) else ChunkedLoss() if given else None
+def with_settings(given: bool | ChunkedLoss, loss: object, task: object) -> ChunkedLoss | None:
+    """Return the settings that an option of a LightningModule stands for; None where the loss is computed as always.
+
+    Raises:
+        ConfigError: the ``loss`` or the ``task`` of the module may need logits.
+    """
+    if not given:
+        return None
+    if loss is not None or not getattr(task, "predicts_tokens", True):
+        raise ConfigError(
+            f"chunked_loss has the model compute its own loss and return no logits, which loss={loss!r} and task={task!r} may need; leave it out"
+        )
+    return given if isinstance(given, ChunkedLoss) else ChunkedLoss()

@@ -137,10 +137,6 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
             raise ConfigError(
                 f"loss_weighting must be 'batches', or 'tokens' with the model's own loss, got {loss_weighting!r} and loss={loss!r}"
             )
-        if chunked_loss and (loss is not None or not getattr(task, "predicts_tokens", True)):
-            raise ConfigError(
-                f"chunked_loss has the model compute its own loss and return no logits, which loss={loss!r} and task={task!r} may need; leave it out"
-            )
         if not isinstance(base, (nn.Module, ModelLoader)):
             raise ConfigError(f"base must be a model or a ModelLoader such as CausalLMLoader(path=...), got {base!r}")
         self.adapter_name = name
@@ -152,7 +148,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss, self.base_fingerprint, self.check_base, self.by_rows = loss, fingerprint, check_base, by_rows
-        self.loss_weighting, self.chunked_loss = loss_weighting, with_settings(chunked_loss)
+        self.loss_weighting, self.chunked_loss = loss_weighting, with_settings(chunked_loss, loss, task)
         if task is not None and not isinstance(task, Task):
             raise ConfigError(f"task must be a Task such as CausalLMTask(), got {task!r}")
         self.task, self.metrics = task, nn.ModuleDict()

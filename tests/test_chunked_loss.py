@@ -180,6 +180,7 @@ def test_sharded_by_fsdp2(mesh):
         model(**batch())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of torch.compile itself
 def test_blocks_may_be_compiled():
     model = tiny_llama()
     inject(model, LoRA(rank=2))

@@ -83,7 +83,7 @@ def chunked_cross_entropy(
     loss = found.loss
     if found.gradients:
         sources, gradients = zip(*found.gradients, strict=True)
-        loss = _Known.apply(loss, found.factor, gradients, *sources)
+        loss = _Known.apply(loss, found.factor, gradients, *sources)  # type: ignore[no-untyped-call]
     if not predictions:
         return loss, None
     likeliest = torch.full(counted.shape, -1, device=counted.device)
