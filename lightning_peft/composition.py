@@ -28,7 +28,7 @@ from lightning_peft.interfaces import Method
 from lightning_peft.model_card import CardFacts
 from lightning_peft.rollback import unchanged_on_error
 from lightning_peft.rows import set_row_adapters
-from lightning_peft.saved_modules import inside, saved_places
+from lightning_peft.saved_modules import saved_places
 from lightning_peft.scaling import adapter_scale, scale_adapters
 from lightning_peft.state import load_adapter, planned_adapter, write_adapter
 from lightning_peft.surgery import check_name, inject, plan, resolve_family
@@ -148,30 +148,6 @@ def inject_all(
         set_active_adapters(model, [] if by_rows else list(chosen))
         set_row_adapters(model, list(chosen) if by_rows else [])
     return made
-
-
-def training_also(model: nn.Module, adaptations: Sequence[Adaptation], new: Sequence[str]) -> list[Adaptation]:
-    """Return ``adaptations`` with the modules ``new``, which have random weights, among the ``modules_to_save`` of the first.
-
-    Left out is one that an adaptation has already: in its ``modules_to_save``, among the targets it names, or inside what it adapts.
-    """
-    family = resolve_family(model, None)
-    lacking = list(new)
-    for one in adaptations if lacking else ():
-        injection = plan(model, one.method, one.targets, one.modules_to_save, family)
-        around = [target.path for target in injection.targets]
-        lacking = [
-            path
-            for path in lacking
-            if not inside(path, [target.path for target in injection.saved])
-            and not any(path != other and inside(path, [other]) for other in around)
-            and (one.targets is None or not any(inside(other, [path]) for other in around))
-        ]
-    if not lacking:
-        return list(adaptations)
-    first, *others = adaptations
-    given = [first.modules_to_save] if isinstance(first.modules_to_save, str) else first.modules_to_save or []
-    return [replace(first, modules_to_save=[*given, *lacking]), *others]
 
 
 def _check_together(model: nn.Module, plans: dict[str, Injection], family: ModelFamily) -> None:
@@ -297,11 +273,14 @@ def holds_several(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
-def saved_adapters(path: str | Path) -> dict[str, Path]:
-    """Return the folders of the adapters of a folder that were active when they were saved, by name, the innermost first."""
+def saved_adapters(path: str | Path, *, inactive: bool = False) -> dict[str, Path]:
+    """Return the folders of the adapters of a folder that were active when they were saved, by name, the innermost first.
+
+    With ``inactive`` also those of the others, in the order in which they were put in.
+    """
     folder = Path(path)
-    active = _index(folder)[1] if holds_several(folder) else ["default"]
-    return {name: _folder_of(folder, name) for name in active}
+    names, active, _ = _index(folder) if holds_several(folder) else (["default"], ["default"], {})
+    return {name: _folder_of(folder, name) for name in (names if inactive else active)}
 
 
 def first_adapter(path: str | Path) -> Path:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, base_modules, base_parameters, unwrapped
+from lightning_peft.arithmetic.parameter_copies import replaced_names
 from lightning_peft.errors import ConfigError
 from lightning_peft.quantized_layers import packed_layers
-from lightning_peft.saved_modules import SavedParameters
+from lightning_peft.saved_modules import SavedParameters, inside, new_modules
 from lightning_peft.unread_weights import Unread, unread
 
 SAMPLES = 16
@@ -213,12 +214,15 @@ def to_json(model: nn.Module, *, packed: bool = False, full: bool = False) -> di
 
 def _given_up(model: nn.Module) -> frozenset[str]:
     """Return the names of base parameters that were overwritten by a merge, or that do not matter to an adapter, which has its own copies."""
-    return frozenset(
-        f"{path}.{name}" if path else name
-        for path, layer in adapter_layers(model).items()
-        if layer.permanent or any(isinstance(adapter, SavedParameters) for adapter in layer.adapters.values())
-        for name, _ in layer.base_layer.named_parameters(recurse=False)
-    )
+    given_up, new = set(), new_modules(model)
+    for path, layer in adapter_layers(model).items():
+        names = {name for name, _ in layer.base_layer.named_parameters(recurse=False)}
+        adapters = [layer._adapter(name) for name in layer.adapters]
+        if not layer.permanent and not any(isinstance(adapter, SavedParameters) for adapter in adapters):
+            # Of other methods only what no checkpoint has: elsewhere the base they started from is worth a check.
+            names &= {name for one in adapters for name in replaced_names(one)} if inside(path, new) else set()
+        given_up |= {f"{path}.{name}" if path else name for name in names}
+    return frozenset(given_up)
 
 
 def _sample(tensor: Tensor) -> Tensor:

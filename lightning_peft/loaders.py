@@ -5,19 +5,28 @@ A loader is a frozen dataclass, so it can stand in a YAML file, be validated at 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_peft.adapter_layer import base_modules, unwrapped
+from lightning_peft.arithmetic.parameter_copies import parameter_places, replaced_names
+from lightning_peft.composition import Adaptation
 from lightning_peft.errors import ConfigError, LightningPEFTError
+from lightning_peft.families import ModelFamily
+from lightning_peft.injection import Injection, all_places
 from lightning_peft.interfaces import Method
+from lightning_peft.quantized_layers import packed_layers
+from lightning_peft.saved_modules import inside, note_new
+from lightning_peft.surgery import plan, resolve_family
+from lightning_peft.targets import Targets, matches
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_NEW = "_lightning_peft_new_modules"
 
 
 class ModelLoader(ABC):
@@ -48,7 +57,7 @@ class ModelLoader(ABC):
 class TransformersLoader(ModelLoader):
     """A model of transformers, from a local folder or a hub id; a subclass says of which kind.
 
-    Modules that the checkpoint has no weights for, such as the head of a task that is new, are noted: see :func:`new_modules`.
+    Modules that the checkpoint has no weights for, such as the head of a task that is new, are noted: see :func:`~lightning_peft.saved_modules.new_modules`.
     """
 
     auto_class: ClassVar[str]
@@ -122,7 +131,7 @@ class TransformersLoader(ModelLoader):
             raise
         except (OSError, ValueError) as error:
             raise ConfigError(f"no {self.kind} could be loaded from {self.path!r}: {error}") from error
-        model.__dict__[_NEW] = _roots(model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+        note_new(model, _roots(model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]))
         return model
 
     def _is_quantized(self) -> bool:
@@ -247,11 +256,6 @@ class ImageClassificationLoader(_ClassificationLoader):
     kind: ClassVar[str] = "model for the classification of images"
 
 
-def new_modules(model: nn.Module) -> list[str]:
-    """Return the paths of the modules of ``model`` that its checkpoint had no weights for; they have random ones, and need training."""
-    return list(model.__dict__.get(_NEW, ()))
-
-
 def _roots(model: nn.Module, missing: Iterable[str]) -> list[str]:
     """Return the largest modules all of whose parameters are ``missing``."""
     gone = set(missing)
@@ -265,6 +269,88 @@ def _roots(model: nn.Module, missing: Iterable[str]) -> list[str]:
 
 def _dots(path: str) -> list[int]:
     return [place for place, letter in enumerate(path) if letter == "."]
+
+
+def training_also(
+    model: nn.Module, adaptations: Sequence[Adaptation], new: Sequence[str], *, by_rows: bool = False
+) -> list[Adaptation]:
+    """Return ``adaptations`` with the modules ``new``, which have random weights, among the ``modules_to_save`` of the first.
+
+    An adapter has to hold such a module whole, as its base can never be loaded again: what else was to adapt a part of it leaves it out. Left
+    as it is one that an adaptation holds already: in its ``modules_to_save``, or as targets that it names and its method trains in full.
+
+    Args:
+        model: the base.
+        adaptations: with their names.
+        new: paths of modules.
+        by_rows: each acts on rows of its own, and so each one gets them.
+
+    Raises:
+        ConfigError: an adaptation would be left with nothing but parts of ``new``, of which it cannot hold the random weights, or one
+            of ``new`` is quantised.
+    """
+    if not new:
+        return list(adaptations)
+    if by_rows:
+        return [training_also(model, [one], new)[0] for one in adaptations]
+    family = resolve_family(model, None)
+    plans = [plan(model, one.method, one.targets, one.modules_to_save, family) for one in adaptations]
+    named_too = [one.targets is not None for one in adaptations]
+    lacking = [
+        path
+        for path in new
+        if not any(_holds(model, one, path, family, too) for one, too in zip(plans, named_too, strict=True))
+    ]
+    if not lacking:
+        return list(adaptations)
+    packed = [place for place in packed_layers(model) if inside(place, lacking)]
+    if packed:
+        raise ConfigError(
+            f"{', '.join(packed)} of {type(model).__name__} has new, random weights that must be trained in full, but was quantised as it was loaded; "
+            f"keep it out of that, as with skip={packed}"
+        )
+    first, *others = adaptations
+    if first.targets is not None:  # those that nobody named leave room by themselves
+        first = _without(model, first, lacking, family)
+    given = [first.modules_to_save] if isinstance(first.modules_to_save, str) else first.modules_to_save or []
+    return [
+        replace(first, modules_to_save=[*given, *lacking]),
+        *(_without(model, one, lacking, family) for one in others),
+    ]
+
+
+def _holds(model: nn.Module, injection: Injection, path: str, family: ModelFamily, by_method: bool) -> bool:
+    """Tell whether an adapter will hold its own values of all parameters of the module at ``path``, saved or, ``by_method``, as targets."""
+    if inside(path, [target.path for target in injection.saved]):
+        return True
+    if not by_method:
+        return False
+    modules = {place: unwrapped(module) for place, module in base_modules(model) if inside(place, [path])}
+    held = {
+        (target.path, name)
+        for target in all_places(model, injection, family)
+        if target.path in modules
+        for name in replaced_names(injection.method.adapter(modules[target.path], target))
+    }
+    return held >= {(place, name) for place, names in parameter_places(model, [path]).items() for name in names}
+
+
+def _without(model: nn.Module, one: Adaptation, lacking: Sequence[str], family: ModelFamily) -> Adaptation:
+    """Return an adaptation that adapts no part of ``lacking``."""
+    injection = plan(model, one.method, one.targets, one.modules_to_save, family)
+    hit = [path for path in lacking if any(inside(target.path, [path]) for target in injection.targets)]
+    if not hit:
+        return one
+    spec = Targets.of(one.method.default_targets if one.targets is None else one.targets)
+    words = [word for word in spec.include if any(not inside(path, hit) for path in matches(word, model, family))]
+    if not words:
+        raise ConfigError(
+            f"{type(one.method).__name__} targets={list(spec.include)} adapt nothing but {', '.join(hit)}, which the checkpoint has no weights for: "
+            "an adapter must hold them whole, as no other run starts from the same random ones. Name other targets, and they are trained in "
+            "full beside them; to train them alone, take a method that trains in full"
+        )
+    parts = [rf"re:{re.escape(path)}(\..*)?" for path in hit]
+    return replace(one, targets=replace(spec, include=words, exclude=[*spec.exclude, *parts]))
 
 
 def loaded(base: ModelLoader | nn.Module, strategy: object, methods: Sequence[Method]) -> nn.Module:

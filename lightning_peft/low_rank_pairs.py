@@ -91,8 +91,13 @@ def _label(path: str, key: str) -> str:
     return f"{path}.{inner}" if inner else path
 
 
-def updates_in(model: nn.Module, name: str) -> Updates:
+def updates_in(model: nn.Module, name: str, *, without_saved: bool = False) -> Updates:
     """Return the updates of the adapter ``name`` in ``model``; places that follow another's tensors are left out.
+
+    Args:
+        model: the adapted model.
+        name: the adapter.
+        without_saved: leave its ``modules_to_save`` out, and do not refuse them.
 
     Raises:
         AdapterNotFoundError: the model has no adapter of that name.
@@ -106,6 +111,8 @@ def updates_in(model: nn.Module, name: str) -> Updates:
     pairs: dict[str, dict[str, Pair]] = {}
     tied = set()
     for path, adapter in adapters_named(model, name).items():
+        if isinstance(adapter, SavedParameters) and without_saved:
+            continue
         if has_shards(adapter):
             raise ConfigError(
                 f"{what} is sharded over processes at {path!r}, and none holds it whole; read it from the folder that AdapterCheckpoint writes, or in "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.aggregation import MeanMetric
@@ -52,7 +53,8 @@ class Measuring(_Host):
             with self.batch_rows(batch) as own:  # generated text is that of the adapters of its rows
                 self.task.update(metrics, self.model, outputs, own)
         if tokens is None:
-            metrics["loss"].update(loss, weight=rows_of(batch))
+            if not _without_labels(batch):  # the loss of nothing is not a number
+                metrics["loss"].update(loss, weight=rows_of(batch))
             return
         predicted, wanted = tokens
         counted = wanted != IGNORED
@@ -64,12 +66,13 @@ class Measuring(_Host):
 
     def _metrics_for(self, key: str, *, with_tokens: bool) -> Mapping[str, Metric]:
         if key not in self.metrics:
-            made: dict[str, Metric] = {"loss": MeanMetric()}
-            if with_tokens and (self.task is None or self.task.predicts_tokens):
-                made |= {"perplexity": MeanPerplexity(), "token_accuracy": MeanMetric()}
-            if self.task is not None:
-                made |= self.task.make_metrics(key.split("-")[0])
-            self.metrics[key] = MetricCollection(made, compute_groups=False).to(self.device)  # type: ignore[arg-type]
+            with torch.inference_mode(False):  # a fit may follow, whose validation updates them in another mode
+                made: dict[str, Metric] = {"loss": MeanMetric()}
+                if with_tokens and (self.task is None or self.task.predicts_tokens):
+                    made |= {"perplexity": MeanPerplexity(), "token_accuracy": MeanMetric()}
+                if self.task is not None:
+                    made |= self.task.make_metrics(key.split("-")[0])
+                self.metrics[key] = MetricCollection(made, compute_groups=False).to(self.device)  # type: ignore[arg-type]
         return self.metrics[key]  # type: ignore[return-value]
 
     def on_validation_epoch_end(self) -> None:
@@ -91,4 +94,11 @@ class Measuring(_Host):
                     self.log(f"{stage}_{metric}", value, prog_bar=metric == "loss", sync_dist=True)
                 if len(kept) > 1:
                     self.log(f"{stage}_{metric}/{names[index] if index < len(names) else index}", value, sync_dist=True)
-            self.metrics[key].reset()  # type: ignore[operator]
+            with torch.inference_mode(False):
+                self.metrics[key].reset()  # type: ignore[operator]
+
+
+def _without_labels(batch: Any) -> bool:
+    """Tell whether a batch has labels of classes, none of which counts."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels == IGNORED).all())

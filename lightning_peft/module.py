@@ -21,11 +21,11 @@ from lightning_peft.adapter_training import ADAPTER_COLUMN
 from lightning_peft.batch_parts import field_of, rows_of, target_of, wanted_of
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
-from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named, training_also
+from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
-from lightning_peft.loaders import ModelLoader, loaded, new_modules
+from lightning_peft.loaders import ModelLoader, loaded, training_also
 from lightning_peft.losses_in_chunks import ChunkedLoss, chunked_loss, with_settings
 from lightning_peft.measuring import Measuring
 from lightning_peft.mixin import PEFTMixin
@@ -36,6 +36,7 @@ from lightning_peft.optimization import (
     warn_of_lost_ratios,
 )
 from lightning_peft.rows import set_row_adapters
+from lightning_peft.saved_modules import new_modules
 from lightning_peft.state import load_adapter
 from lightning_peft.targets import Targets
 from lightning_peft.tasks.task import Task
@@ -202,11 +203,12 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
 
     def _train_what_is_new(self, model: nn.Module) -> None:
         """Have a head trained that the checkpoint of the base has no weights for, and say so."""
-        adaptations = training_also(model, self.adaptations, new_modules(model)) if self.adaptations else []
+        new = new_modules(model)
+        adaptations = training_also(model, self.adaptations, new, by_rows=self.by_rows) if self.adaptations else []
         if adaptations != self.adaptations:
             rank_zero_info(
                 f"{type(model).__name__} has modules that its checkpoint has no weights for; they are trained in full and saved with the "
-                f"adapter: {', '.join(new_modules(model))}"
+                f"adapter: {', '.join(new)}"
             )
             self.adaptations = adaptations
 

@@ -23,11 +23,23 @@ HEADS = ("classifier", "score")
 """Names of heads that HF PEFT always trains in full in tasks of classification."""
 _CLASSIFICATION = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
+_NEW = "_lightning_peft_new_modules"
+
 _Value = TypeVar("_Value")
 
 
 class SavedParameters(ParameterCopies):
     """Copies of all parameters of one module that is trained in full beside a method."""
+
+
+def note_new(model: nn.Module, paths: Sequence[str]) -> None:
+    """Note the ``paths`` of modules of ``model`` that its checkpoint had no weights for."""
+    model.__dict__[_NEW] = list(paths)
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the modules of ``model`` that its checkpoint had no weights for; they have random ones, and need training."""
+    return list(model.__dict__.get(_NEW, ()))
 
 
 def own_adapters(model: nn.Module, name: str) -> dict[str, Adapter]:

@@ -20,7 +20,7 @@ from lightning_peft.arithmetic.thin_products import (
     stable_rank,
 )
 from lightning_peft.errors import AdapterMismatchError
-from lightning_peft.low_rank_pairs import Pair
+from lightning_peft.low_rank_pairs import Pair, updates_in
 
 
 @dataclass(frozen=True)
@@ -116,18 +116,20 @@ def _spaces(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return U[:, :rank], Vh[:rank].t()
 
 
-def spectrum(adapter: Source) -> dict[str, WeightSpectrum]:
+def spectrum(adapter: Source, *, without_saved: bool = False) -> dict[str, WeightSpectrum]:
     """Return the singular values of each update of a low-rank adapter, by the path of the weight.
 
     Args:
         adapter: an adapter folder, or ``(model, name)``.
+        without_saved: of an adapter in a model, leave its ``modules_to_save`` out, and do not refuse them.
 
     Raises:
         AdapterFileError: the folder cannot be read.
         AdapterNotFoundError: the model has no adapter of that name.
         ConfigError: the adapter is something else than low-rank updates.
     """
-    return {label: _spectrum(pair) for label, pair in updates_of(adapter).labelled.items()}
+    updates = updates_in(*adapter, without_saved=without_saved) if isinstance(adapter, tuple) else updates_of(adapter)
+    return {label: _spectrum(pair) for label, pair in updates.labelled.items()}
 
 
 def _spectrum(pair: Pair) -> WeightSpectrum:

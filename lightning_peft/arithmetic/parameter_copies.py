@@ -116,6 +116,11 @@ class ParameterCopies(Adapter):
         return [name for name in self.names if name not in self._leaders]
 
 
+def replaced_names(adapter: Adapter) -> tuple[str, ...]:
+    """Return the names of the parameters that ``adapter`` has its own values of, so that those of the base do not matter to it."""
+    return adapter.names if isinstance(adapter, ParameterCopies) and not adapter.summed else ()
+
+
 def trained_names(module: nn.Module) -> list[str]:
     """Return the names of the parameters that copies around ``module`` can stand for.
 

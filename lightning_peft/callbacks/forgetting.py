@@ -101,6 +101,7 @@ class ForgettingEvaluation(Callback):
         self.cache, self.base_fingerprint = cache, base_fingerprint
         self.points: list[dict[str, Any]] = []
         self.scaled: list[dict[str, float]] = []
+        self._digest: str | None = None
         self._measure = ForgettingMeasure(tasks, anchor)
 
     @property
@@ -114,7 +115,7 @@ class ForgettingEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new curve, unless the Trainer goes on; that of a checkpoint is loaded after this."""
         if stage == "fit" and trainer.global_step == 0:
-            self.points, self.scaled, self._measure.base = [], [], {}
+            self.points, self.scaled, self._digest, self._measure.base = [], [], None, {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +138,9 @@ class ForgettingEvaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the figures of the base, and measure the start."""
         model, strategy = measured_model(pl_module), trainer.strategy
-        cache = BaseFigures(self.cache, self.base_fingerprint or digest_of_base(model)) if self.cache else None
+        if self.cache and self._digest is None:  # where weights of the base are trained it is another one later
+            self._digest = self.base_fingerprint or digest_of_base(model)
+        cache = BaseFigures(self.cache, str(self._digest)) if self.cache else None
         with trainer.precision_plugin.forward_context():
             self._measure.take_base(
                 model,
@@ -175,12 +178,14 @@ class ForgettingEvaluation(Callback):
             "points": self.points,
             "base": self._measure.base,
             "signature": self._measure.signature(),
+            "digest": self._digest,
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the curve of a run that resumes, where the tasks are those it was measured with."""
         here = self._measure.signature()
+        self._digest = self.base_fingerprint or state_dict.get("digest")
         other = sorted(name for name, key in here.items() if state_dict["signature"].get(name) != key)
         self._measure.base = {
             name: figures for name, figures in state_dict["base"].items() if name in here.keys() - other

@@ -35,7 +35,7 @@ class SpectrumMonitor(Callback):
     The means over all weights are ``spectrum/effective_rank`` and so on. Where a model has several adapters, their names come before the weights. Nothing
     of the training changes: no random number is drawn and no gradient is made. Definitions: :mod:`lightning_peft.adapter_tools.spectra`.
 
-    Low-rank updates are read from their factors; of other methods that can be merged the whole change of a weight is decomposed, so ``weights`` costs
+    Low-rank updates are read from their factors, and what is trained in full beside them (``modules_to_save``) is left out; of other methods that can be merged the whole change of a weight is decomposed, so ``weights`` costs
     them little more.
 
     Entries stand at the number of optimizer steps done.
@@ -138,8 +138,10 @@ class SpectrumMonitor(Callback):
             if self.weights:
                 return dict(analyze_weights(root, name, top=self.top, threshold=self.threshold))
             try:
-                return dict(spectrum((root, name)))
+                return dict(spectrum((root, name), without_saved=True))
             except ConfigError:  # not in low-rank factors
                 return dict(change_spectrum(root, name))
         except MergeError as error:
             raise ConfigError(f"SpectrumMonitor looks at changes of weights: {error}") from error
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise ConfigError(f"adapter {name!r} has values that are not finite: its training has diverged") from error

@@ -112,6 +112,7 @@ def inspect(
     """
     from lightning_peft.adapter_tools.comparing import spectrum
     from lightning_peft.adapter_tools.spectra import subspace_similarity
+    from lightning_peft.composition import saved_adapters
 
     if against is not None and (weights or base is not None):
         raise ConfigError("--against compares two folders; leave out --weights and --base")
@@ -130,7 +131,12 @@ def inspect(
         ]
         found = _analyses(adapter, base or _base_of(adapter), dtype)
     else:
-        found = dict(spectrum(adapter))
+        folders = saved_adapters(adapter, inactive=True)
+        found = {
+            f"{name}/{label}" if len(folders) > 1 else label: one
+            for name, folder in folders.items()
+            for label, one in spectrum(folder).items()
+        }
     _print_analyses(found, columns, json)
 
 

@@ -32,7 +32,7 @@ class Row:
     def __getitem__(self, name: str) -> Any:
         if name not in self.fields:
             raise ConfigError(
-                f"the field {name!r} was asked for, which {self.where} does not have{did_you_mean(name, self.fields)} The row has: "
+                f"the field {name!r} was asked for, which {self.where} does not have{did_you_mean(name, self.fields) or '.'} The row has: "
                 f"{', '.join(self.fields) or 'no fields'}"
             )
         return self.fields[name]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.live_models import device_of, longest_input
-from lightning_peft.evaluation.log_likelihood import encode
+from lightning_peft.evaluation.live_models import device_of, longest_input, room_for
+from lightning_peft.evaluation.log_likelihood import encode, prefix_token
 
 
 def continuations(
@@ -31,7 +31,7 @@ def continuations(
     Args:
         model: a model of transformers, or anything with its ``generate``.
         tokenizer: its tokenizer.
-        prompts: texts, not empty; of one that is too long the beginning is left out.
+        prompts: texts; an empty one is the token of beginning, or else of end. Of one that is too long the beginning is left out.
         max_new_tokens: most tokens that are written.
         stop: texts that end a continuation; they and what follows are cut off.
         batch_size: prompts in a batch.
@@ -50,7 +50,7 @@ def continuations(
         raise ConfigError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt: the model takes {room + max_new_tokens}"
         )
-    encoded = [encode(tokenizer, prompt)[-room:] for prompt in prompts]
+    encoded = [(encode(tokenizer, prompt) or [prefix_token(tokenizer)])[-room:] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda index: (-len(encoded[index]), encoded[index]))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     sampling: dict[str, Any] = {"temperature": None, "top_p": None, "top_k": None, "do_sample": False}
@@ -60,14 +60,15 @@ def continuations(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         ids, mask = _padded([encoded[index] for index in chosen], padding or 0, device_of(model))
-        made = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding,
-            stopping_criteria=_stopping(tokenizer, stop, ids.shape[1]),
-            **{**sampling, **(options or {})},
-        )
+        with room_for(model, ids):
+            made = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+                stopping_criteria=_stopping(tokenizer, stop, ids.shape[1]),
+                **{**sampling, **(options or {})},
+            )
         for index, tokens in zip(chosen, made[:, ids.shape[1] :].tolist(), strict=True):
             texts[index] = _cut(tokenizer.decode(tokens, skip_special_tokens=True), stop)
     return texts

@@ -52,9 +52,10 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the logits (batch, tokens, vocabulary) of a causal language model for token ids (batch, tokens).
 
     Raises:
-        ConfigError: it returns logits of another shape, as a model with another head does.
+        ConfigError: it returns logits of another shape, as a model with another head does, or has no place for so many tokens.
     """
-    outputs: Any = model(input_ids=ids)
+    with room_for(model, ids):
+        outputs: Any = model(input_ids=ids)
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor) or logits.shape[:2] != ids.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -62,6 +63,24 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
             f"a causal language model must return logits for each of {tuple(ids.shape)} tokens; {type(model).__name__} returned {found}"
         )
     return logits
+
+
+@contextlib.contextmanager
+def room_for(model: nn.Module, ids: Tensor) -> Iterator[None]:
+    """Say what is wrong where a table of positions or tokens of ``model`` ends before those of ``ids`` (batch, tokens) do.
+
+    Raises:
+        ConfigError: in place of the IndexError of such a table.
+    """
+    try:
+        yield
+    except IndexError as error:
+        positions = longest_input(model, None)
+        raise ConfigError(
+            f"{type(model).__name__} cannot read {ids.shape[1]} tokens with numbers up to {int(ids.max())}: it has {positions} positions, of which "
+            "soft prompts take some, and tokens as many as its own tokenizer; give a smaller block_size, max_length or max_new_tokens, or the "
+            "tokenizer of the model"
+        ) from error
 
 
 def device_of(model: nn.Module) -> torch.device:

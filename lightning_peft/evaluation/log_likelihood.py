@@ -45,9 +45,18 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of ``text`` with those that the tokenizer adds, but no second token of beginning."""
+    """Return the tokens of ``text`` with those that the tokenizer adds before it, but no second token of beginning.
+
+    A token of end that the tokenizer adds is left out: nothing could follow the text.
+    """
     begins = tokenizer.bos_token_id is not None and text.startswith(tokenizer.decode(tokenizer.bos_token_id))
-    found: list[int] = tokenizer.encode(text, add_special_tokens=False) if begins else tokenizer.encode(text)
+    plain: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if begins:
+        return plain
+    found: list[int] = tokenizer.encode(text)
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    while len(found) > len(plain) and found[-1] in ends and found[-len(plain) - 1 : -1] == plain:
+        found = found[:-1]
     return found
 
 
@@ -66,6 +75,7 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[i
     if context:
         before = encode(tokenizer, context)
         after = encode(tokenizer, context + continuation)[len(before) :]
+        before = before or [prefix_token(tokenizer)]  # it holds nothing that the tokenizer knows
     else:
         before, after = [prefix_token(tokenizer)], tokenizer.encode(continuation, add_special_tokens=False)
         if after[:1] == before:

@@ -101,7 +101,8 @@ class ExactMatch(EvalTask):
             1051.0
         """
         match = re.search(self.extract, text)
-        return None if match is None else self._value(match[1] if match.re.groups else match[0])
+        found = None if match is None else match[1] if match.re.groups else match[0]
+        return None if found is None else self._value(found)
 
     def _value(self, answer: Any) -> float | str | None:
         if self.compare == "text":

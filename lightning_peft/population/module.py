@@ -117,7 +117,7 @@ class PopulationModule(PEFTModule):
     @override
     def _inject(self, model: nn.Module) -> None:
         before = random_state()
-        given: list[Adaptation | Method] = [*self.members.values()]
+        given: list[Adaptation | Method] = [*self.adaptations]  # the members, with heads that are new
         try:
             inject_all(model, given, by_rows=True, around=lambda name: self._seeded(name, before))
         finally:

@@ -128,7 +128,7 @@ class TokenClassificationTask(Task):
         logits, labels = logits_and_labels(self, outputs, batch, 3)
         predicted = logits[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
         counted = labels != IGNORED
-        for name in self.metrics:
+        for name in self.metrics if counted.any() else ():
             metrics[name].update(predicted[counted], labels[counted])
 
 

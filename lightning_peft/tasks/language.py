@@ -21,6 +21,8 @@ from lightning_peft.tasks.text_scores import SCORES, TextScores, check_libraries
 REFERENCES = "references"
 """Column of a batch with the texts that are right for each row: a list of lists."""
 _SCORED = "text"
+_LENGTH = 64
+"""Tokens that are generated where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,9 @@ class _TextTask(Task):
     Perplexity and the share of tokens that are predicted right are always measured."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, for generated text."""
-    generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 64, "do_sample": False})
-    """How text is generated: settings of transformers' ``GenerationConfig``, such as ``num_beams``."""
+    generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": _LENGTH, "do_sample": False})
+    """How text is generated: settings of transformers' ``GenerationConfig``, such as ``num_beams``. Up to 64 new tokens where neither
+    ``max_new_tokens`` nor ``max_length`` is among them."""
     generate_in: Sequence[str] = ("val", "test")
     """Where text is generated: ``val``, ``test`` or both. Generation costs a forward a token."""
 
@@ -92,12 +95,14 @@ class _TextTask(Task):
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         # Sharded layers are gathered in every forward, which all processes must do as often.
         options = {"synced_gpus": True} if several and torch.distributed.get_world_size() > 1 else {}
+        # What transformers takes for the length otherwise counts the prompt too, and may leave no room behind it.
+        length = {} if {"max_length", "max_new_tokens"} & self.generation.keys() else {"max_new_tokens": _LENGTH}
         with torch.no_grad():
             made = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 pad_token_id=pad,
-                **{"do_sample": False, **self.generation},
+                **{"do_sample": False, **length, **self.generation},
                 **options,
             )
         answers = made[:, longest:] if self.fills_before else made

@@ -45,6 +45,7 @@ def folder(llama_dir, tmp_path_factory):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     place = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)  # it has dropout; what other tests drew before must not matter
     (place / "source.txt").write_text(SOURCE)
     (place / "target.txt").write_text(TARGET)
     tokenizer = AutoTokenizer.from_pretrained(llama_dir)
@@ -268,6 +269,19 @@ def test_full_fine_tuning_without_an_adapter_is_compared_with_its_start(folder, 
     late = ForgettingEvaluation({"norm": Norm()}, **options, base_fingerprint=digest)
     fit(folder, [late], module=module, steps=1)
     assert late.points[0]["forgetting"] == first.points[-1]["forgetting"]
+
+
+def test_a_trained_base_is_found_in_its_cache_when_the_run_resumes(folder, anchor, tmp_path):
+    options = {"anchor": anchor, "cache": str(tmp_path / "cache"), "output": str(tmp_path)}
+    first = ForgettingEvaluation({"norm": Norm()}, **options)
+    _, trainer = fit(folder, [first], module=Plain(folder), steps=4)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest = ForgettingEvaluation({"norm": Norm()}, **options)
+    fit(folder, [rest], module=Plain(folder), steps=5, resume=str(tmp_path / "half.ckpt"))
+    assert rest.points[:2] == first.points
+    assert [point["step"] for point in rest.points] == [0, 4, 5]
+    assert rest.points[-1]["anchor"]["kl"] > 1e-4
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 1
 
 
 def test_full_fine_tuning_as_a_method_needs_no_cache(folder, evaluation):

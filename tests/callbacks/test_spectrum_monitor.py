@@ -5,7 +5,17 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_peft import FullFineTuning, LoRA, PEFTModule, PrefixTuning, SpectrumMonitor, analyze_weights, spectrum
+from lightning_peft import (
+    FullFineTuning,
+    LoRA,
+    PEFTModule,
+    PrefixTuning,
+    SpectrumMonitor,
+    analyze_weights,
+    inject,
+    spectrum,
+)
+from lightning_peft.adapter_tools.spectra import change_spectrum
 from lightning_peft.errors import ConfigError
 from lightning_peft.testing.toys import tiny_llama
 
@@ -71,3 +81,29 @@ def test_an_adapter_that_changes_no_weights_is_refused(make_trainer, tmp_path):
 def test_wrong_numbers_are_refused(options):
     with pytest.raises(ConfigError, match="SpectrumMonitor needs"):
         SpectrumMonitor(**options)
+
+
+def test_a_head_beside_low_rank_updates_leaves_them_read_from_their_factors(monkeypatch):
+    model = tiny_llama()
+    inject(model, LoRA(rank=3), ["query"], modules_to_save=["lm_head"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    whole = change_spectrum(model)
+    monkeypatch.setattr("lightning_peft.callbacks.spectrum_monitor.change_spectrum", None)
+    found = SpectrumMonitor().figures(model)
+    labels = [label for label in whole if label != "lm_head"]
+    for label in labels:
+        assert found[f"spectrum/{label}/norm"] == pytest.approx(whole[label].norm, rel=1e-5)
+    assert found["spectrum/norm"] == pytest.approx(sum(whole[label].norm for label in labels) / len(labels), rel=1e-5)
+    assert not [name for name in found if "lm_head" in name]
+
+
+def test_a_run_that_has_diverged_is_told_so():
+    model = tiny_llama()
+    inject(model, LoRA(rank=3), ["query"])
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.constant_(parameter, float("nan"))
+    with pytest.raises(ConfigError, match="has diverged"):
+        SpectrumMonitor().figures(model)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightning_peft import DoRA, LoRA, combine_adapters, inject, load_adapter, save_adapter, spectrum
+from lightning_peft import DoRA, LoRA, combine_adapters, inject, load_adapter, save_adapter, save_adapters, spectrum
 from lightning_peft.cli import main
 
 IDS = torch.arange(12).view(2, 6)
@@ -61,6 +61,19 @@ def test_adapters_are_combined_compared_and_pruned(model, base, capsys):
     assert lines[1].startswith(label)
     assert f"{one.norm:.4g}" in lines[1]
     assert "2 of 2" in lines[1]
+
+
+def test_every_adapter_of_a_folder_is_looked_at(base, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    for name, rank in (("default", 2), ("other", 3)):
+        inject(model, LoRA(rank=rank), ["query"], name=name)
+        shake(model, name)
+    save_adapters(model, "both")
+    assert main(["inspect", "both"]) == 0
+    plain = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert main(["inspect", "both", "--weights", "--base", str(base)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [line[0] for line in plain]
+    assert {tuple(line[1:]) for line in plain} == {("2", "of", "2"), ("3", "of", "3")}
 
 
 def test_an_adapter_of_another_method_becomes_lora(base, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lightning_peft import ExactMatch, MinimalPairs, MultipleChoice, TokenDiversity
+from lightning_peft import ExactMatch, MinimalPairs, MultipleChoice, Perplexity, TokenDiversity
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.generating import continuations
 from lightning_peft.evaluation.log_likelihood import encode_pair, score
@@ -195,3 +195,44 @@ def test_diversity_counts_different_texts_and_n_grams(llama, llama_dir, tokenize
 def test_settings_out_of_their_range_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+# -- odd tokenizers and short models -----------------------------------------------------------------------------------
+
+
+def test_a_token_of_end_that_a_tokenizer_adds_is_not_scored(llama, llama_dir, tokenizer, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    ending = AutoTokenizer.from_pretrained(llama_dir)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert ending.encode("ab")[-1] == 2
+    assert encode_pair(ending, "what is red", " a rose") == encode_pair(tokenizer, "what is red", " a rose")
+    assert encode_pair(ending, "", "rose") == encode_pair(tokenizer, "", "rose")
+    prompts = ["a b", "the"]
+    found = [continuations(llama, one, prompts, max_new_tokens=4) for one in (ending, tokenizer)]
+    assert found[0] == found[1]
+
+
+def test_a_context_of_which_a_tokenizer_knows_nothing_is_an_empty_one(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate("abcdz")}, merges=[]))
+    known = PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="z")
+    assert encode_pair(known, "?!", "ab") == ([4], [0, 1])
+
+
+def test_a_group_of_an_answer_that_did_not_take_part_is_no_answer():
+    task = ExactMatch(path="x.jsonl", tokenizer="x", compare="text", extract=r"is (\w+)?")
+    assert task.found_in("it is ") is None
+    assert task.found_in("it is red") == "red"
+
+
+def test_a_text_with_more_tokens_than_a_model_has_positions_is_refused(llama_dir, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
+    (tmp_path / "text.txt").write_text("the cat sat on the mat " * 4)
+    with pytest.raises(ConfigError, match="cannot read 24 tokens.*it has 16 positions"):
+        Perplexity(path=str(tmp_path / "text.txt"), tokenizer=llama_dir, block_size=24).evaluate(short)

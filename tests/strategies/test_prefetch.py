@@ -16,5 +16,7 @@ def test_units_gathered_ahead_give_the_same_run(run):
 
 @pytest.mark.parametrize("fields", [{"prefetch": -1}, {"replicate": 0}, {"units": "layers.*"}])
 def test_settings_that_mean_nothing_are_refused(fields):
-    with pytest.raises(ConfigError, match="units must be a list, replicate at least 1 and prefetch no less than 0"):
+    with pytest.raises(
+        ConfigError, match="units must be a list, replicate and tensor_parallel at least 1 and prefetch no less than 0"
+    ):
         PEFTFSDPStrategy(**fields)

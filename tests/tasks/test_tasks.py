@@ -140,7 +140,7 @@ def test_a_new_head_is_trained_and_comes_back_with_the_adapter(roberta_dir, make
     ("method", "targets", "given", "expected"),
     [
         (LoRA(rank=2), None, ["classifier"], ["classifier"]),
-        (LoRA(rank=2), ["query", "re:classifier.dense"], None, None),
+        (LoRA(rank=2), ["query", "re:classifier.dense"], None, ["classifier"]),
         (FullFineTuning(), None, None, ["classifier"]),
     ],
     ids=["named", "adapted by name", "full"],
@@ -297,3 +297,51 @@ def test_logits_of_another_task_are_refused(llama, make_trainer, tmp_path):
         )
     with pytest.raises(ConfigError, match="num_labels=3, but the model gives 2"):
         ClassificationTask(num_labels=3).update({}, llama, torch.zeros(1, 2), {"labels": torch.zeros(1)})
+
+
+# -- odd runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_may_follow_a_validation(llama, make_trainer, tmp_path):
+    module = PEFTModule(llama, LoRA(rank=2), task=CausalLMTask())
+    ids = torch.randint(3, 61, (4, 8), generator=torch.Generator().manual_seed(1))
+    data = DataLoader(ids, 2)
+    trainer = make_trainer(tmp_path, max_epochs=1)
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data, data)
+    assert trainer.callback_metrics["val_loss"] != before["val_loss"]
+
+
+def test_a_batch_in_which_no_token_is_labelled_counts_nothing(make_trainer, tmp_path):
+    from transformers import RobertaForTokenClassification
+
+    torch.manual_seed(0)
+    model = RobertaForTokenClassification(RobertaConfig(**{**ROBERTA.to_dict(), "num_labels": 3}))
+    module = PEFTModule(model, LoRA(rank=2), task=TokenClassificationTask(num_labels=3))
+    ids = torch.randint(3, 50, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    labels = torch.randint(3, (3, LENGTH), generator=torch.Generator().manual_seed(2))
+    labels[1] = -100
+    kept = [
+        measured(
+            module,
+            DataLoader([{"input_ids": a, "labels": b} for a, b in zip(ids[chosen], labels[chosen], strict=True)], 1),
+            make_trainer,
+            tmp_path,
+        )[0]
+        for chosen in ([0, 1, 2], [0, 2])
+    ]
+    assert kept[0] == pytest.approx(kept[1])
+    assert kept[0]["val_loss"] > 0
+
+
+def test_what_is_generated_has_room_whatever_else_is_asked_for(llama, llama_dir, make_trainer, tmp_path):
+    prompts = [torch.arange(3, 28)]  # longer than what transformers takes for the length
+    wanted = [torch.arange(28, 31)]
+    task = CausalLMTask(metrics=["exact_match"], tokenizer=llama_dir, generation={"num_beams": 2})
+    lengths = []
+    generate = llama.generate
+    llama.generate = lambda **given: lengths.append(given["max_new_tokens"]) or generate(**given)
+    make_trainer(tmp_path).validate(
+        PEFTModule(llama, LoRA(rank=2), task=task), prompted(prompts, wanted), verbose=False
+    )
+    assert lengths == [64]

@@ -30,9 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-STEPS, MEASURED_EVERY, SEED = 200, 40, 1
+STEPS, MEASURED_EVERY, SEED = 200, 50, 1
 ROWS, BLOCK = 8, 128
-JUDGED_TOKENS, ANCHOR_TOKENS, PAIRS_OF_A_KIND = 16384, 4096, 15
+JUDGED_TOKENS, ANCHOR_TOKENS, PAIRS_OF_A_KIND = 8192, 4096, 10
 TRAINED_TOKENS: int | None = None  # all there are
 
 # Method and the learning rates it is tried at: three around what is common for it.
