@@ -161,10 +161,14 @@ class _Hooks:
         return _without_logits(outputs, call.predicted)
 
 
+class _Outputs(dict[str, Any]):
+    """A dict that can have an attribute."""
+
+
 def _without_logits(outputs: Any, predicted: Tensor | None) -> Any:
     if isinstance(outputs, Mapping):
         left = {key: value for key, value in outputs.items() if not isinstance(value, DeferredLogits)}
-        outputs = type(outputs)(**left)
+        outputs = _Outputs(left) if type(outputs) is dict else type(outputs)(**left)
         object.__setattr__(outputs, PREDICTED, predicted)
         return outputs
     return tuple(None if isinstance(value, DeferredLogits) else value for value in outputs)

@@ -280,6 +280,20 @@ def test_what_cannot_be_done_in_chunks_is_refused(how):
     assert model.lm_head is head
 
 
+@torch.no_grad()
+def test_a_model_that_returns_a_dict():
+    model = OddLoss(
+        lambda logits, labels, model: nn.functional.cross_entropy(logits.view(-1, 16), labels.view(-1))
+    ).eval()
+    ids = torch.randint(0, 16, (2, 5))
+    wanted = model(input_ids=ids, labels=ids)
+    with chunked_loss(model):
+        found = model(ids, labels=ids)
+    assert found.keys() == {"loss"}
+    assert torch.allclose(found["loss"], wanted["loss"])
+    assert torch.equal(found.predicted_tokens, wanted["logits"].argmax(-1))
+
+
 def test_models_without_a_head_and_compiled_ones_are_refused():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
