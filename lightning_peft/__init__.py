@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from lightning_peft.loaders import SequenceClassificationLoader as SequenceClassificationLoader
     from lightning_peft.loaders import TokenClassificationLoader as TokenClassificationLoader
     from lightning_peft.loaders import TransformersLoader as TransformersLoader
+    from lightning_peft.losses_in_chunks import ChunkedLoss as ChunkedLoss
+    from lightning_peft.losses_in_chunks import chunked_loss as chunked_loss
     from lightning_peft.merged_copies import merged_copy as merged_copy
     from lightning_peft.merging import merge_adapters as merge_adapters
     from lightning_peft.merging import unmerge_adapters as unmerge_adapters
@@ -192,6 +194,7 @@ _HOME = {
     "CardFacts": "model_card",
     "CausalLMLoader": "loaders",
     "CausalLMTask": "tasks",
+    "ChunkedLoss": "losses_in_chunks",
     "ClassificationDataModule": "data",
     "ClassificationTask": "tasks",
     "Compacter": "plugins.compacter",
@@ -294,6 +297,7 @@ _HOME = {
     "allocated_ranks": "plugins.adalora",
     "analyze_weights": "adapter_tools.spectra",
     "bring_back_adapters": "offloading",
+    "chunked_loss": "losses_in_chunks",
     "clip_gradients_by_norm": "strategies.clipping",
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",

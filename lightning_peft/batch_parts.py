@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+from lightning_peft.losses_in_chunks import PREDICTED
+
 IGNORED = -100
 """Label of a token that is not predicted, as in transformers."""
 
@@ -48,12 +50,24 @@ def labels_of(batch: Any) -> Tensor | None:
 def tokens_of(model: nn.Module | None, outputs: Any, batch: Any) -> tuple[Tensor, Tensor] | None:
     """Return predicted and wanted tokens, both (batch, seq), of a language model; None for any other."""
     labels, logits = labels_of(batch), field_of(outputs, "logits")
-    if labels is None or not isinstance(logits, Tensor) or logits.dim() != 3:
+    predicted = getattr(outputs, PREDICTED, None)  # (batch, seq)
+    if labels is None:
         return None
-    predicted = logits.detach()[:, -labels.shape[1] :].argmax(-1)  # (batch, seq); a soft prompt makes logits longer
+    if predicted is None:
+        if not isinstance(logits, Tensor) or logits.dim() != 3:
+            return None
+        predicted = logits.detach()[:, -labels.shape[1] :].argmax(-1)  # a soft prompt makes logits longer
     if predicts_the_next_token(model):
-        return predicted[:, :-1], labels[:, 1:]  # (batch, seq - 1)
+        return predicted[:, : labels.shape[1] - 1], labels[:, 1:]  # (batch, seq - 1)
     return predicted, labels
+
+
+def wanted_of(model: nn.Module | None, outputs: Any, batch: Any) -> Tensor | None:
+    """Return the wanted tokens of :func:`tokens_of`, also where no predicted ones are known, as after a loss in chunks."""
+    labels, logits = labels_of(batch), field_of(outputs, "logits")
+    if labels is None or not (hasattr(outputs, PREDICTED) or (isinstance(logits, Tensor) and logits.dim() == 3)):
+        return None
+    return labels[:, 1:] if predicts_the_next_token(model) else labels
 
 
 def field_of(outputs: Any, name: str) -> Any:

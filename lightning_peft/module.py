@@ -18,7 +18,7 @@ from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_formats import AdapterFormat
 from lightning_peft.adapter_layer import adapter_names
 from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.batch_parts import field_of, rows_of, target_of, tokens_of
+from lightning_peft.batch_parts import field_of, rows_of, target_of, wanted_of
 from lightning_peft.calibration import initialize_from_data, training_batches
 from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
@@ -26,6 +26,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader, loaded, training_also
+from lightning_peft.losses_in_chunks import ChunkedLoss, chunked_loss, with_settings
 from lightning_peft.measuring import Measuring
 from lightning_peft.mixin import PEFTMixin
 from lightning_peft.optimization import (
@@ -111,6 +112,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         by_rows: bool = False,
         loss_weighting: Literal["batches", "tokens"] = "batches",
         task: Task | None = None,
+        chunked_loss: bool | ChunkedLoss = False,
     ) -> None:
         super().__init__()
         check_kind(fingerprint)
@@ -147,7 +149,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         self.method, self.targets, self.adapter, self.adapter_format = method, targets, adapter, adapter_format
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.loss, self.base_fingerprint, self.check_base, self.by_rows = loss, fingerprint, check_base, by_rows
-        self.loss_weighting = loss_weighting
+        self.loss_weighting, self.chunked_loss = loss_weighting, with_settings(chunked_loss, loss, task)
         if task is not None and not isinstance(task, Task):
             raise ConfigError(f"task must be a Task such as CausalLMTask(), got {task!r}")
         self.task, self.metrics = task, nn.ModuleDict()
@@ -251,7 +253,16 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         return self.model(*args, **kwargs)
 
     def predict_outputs(self, batch: Any) -> Any:
-        """Call the model on a batch of any of the three kinds; a dict batch may name an ``adapter`` for each row."""
+        """Call the model on a batch of any of the three kinds; a dict batch may name an ``adapter`` for each row.
+
+        With ``chunked_loss``, the outputs of a batch with labels have a loss and no logits.
+        """
+        if self.chunked_loss is None or self.model is None:
+            return self._with_logits(batch)
+        with chunked_loss(self.model, self.chunked_loss):
+            return self._with_logits(batch)
+
+    def _with_logits(self, batch: Any) -> Any:
         with self.batch_rows(batch) as batch:
             return self._outputs(batch)
 
@@ -290,7 +301,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         outputs = self.predict_outputs(batch)
         loss = self.compute_loss(outputs, batch)
         if self.loss_weighting == "tokens":
-            loss = self.weigh(loss, (tokens_of(self.model, outputs, batch) or (None, None))[1])
+            loss = self.weigh(loss, wanted_of(self.model, outputs, batch))
         if self.by_rows and torch.is_grad_enabled() and not loss.requires_grad:
             found = f"the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ConfigError(
@@ -303,7 +314,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the logits of a batch, or whatever the model returns where there are none."""
-        outputs = self.predict_outputs(batch)
+        outputs = self._with_logits(batch)
         logits = field_of(outputs, "logits")
         return outputs if logits is None else logits
 
