@@ -18,6 +18,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _port_of_its_own():
+    """Lightning leaves the port of a run of several processes in the environment; by the next one somebody else may have it."""
+    os.environ.pop("MASTER_PORT", None)
+
+
 @pytest.fixture(scope="session")
 def llama_config():
     """The configuration of a Llama with two layers, 61 tokens and 32 features, with dropout in attention."""
