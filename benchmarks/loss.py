@@ -1,54 +1,25 @@
 """What a loss in chunks costs beside the plain loss of transformers, which HF PEFT's models compute too: time and peak bytes.
 
-    OMP_NUM_THREADS=1 python benchmarks/loss.py                          # the head and the loss alone, vocabularies of 32k and 128k
-    OMP_NUM_THREADS=1 python benchmarks/loss.py --whole                  # a whole step of an adapted Llama, beside HF PEFT's
-    MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=8589934592 OMP_NUM_THREADS=1 python benchmarks/loss.py
+    python benchmarks/loss.py                          # the head and the loss alone, vocabularies of 32k and 128k
+    python benchmarks/loss.py --whole                  # a whole step of an adapted Llama, beside HF PEFT's
 
-Forward and backward. The arms of a round run in random order, and what counts is the median of their ratios to the plain loss in the same
-round, with a 95 % bootstrap interval; the plain loss runs twice a round, and the ratio of the two says how far the machine can be trusted.
-CPU time where the model is on a CPU, events where it is on CUDA. Peak bytes are counted by a dispatch mode: all storages that operations
-made, while they live; base weights and optimizer are not among them.
+Forward and backward, measured as ``paired`` says. Peak bytes: all storages that operations made, while they live; base weights and optimizer
+are not among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
+from paired import Row, compare, parser, publish
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_peft import LoRA, adapter_layers, inject
 from lightning_peft.losses_in_chunks import ChunkedLoss, chunked_loss
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        given = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and (storage := one.untyped_storage())._cdata not in given:
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return result
 
 
 def llama(args: argparse.Namespace, vocabulary: int, layers: int) -> nn.Module:
@@ -79,7 +50,7 @@ def alone(args: argparse.Namespace, vocabulary: int) -> dict[str, Callable[[], T
 
     arms = {f"chunks of {size}": chunked(size) for size in args.chunks}
     check(plain(), [arm() for arm in arms.values()], model.dtype)
-    return {"plain": plain, "plain again": plain, **arms}
+    return {"plain": plain, **arms}
 
 
 def whole(args: argparse.Namespace, vocabulary: int) -> dict[str, Callable[[], Tensor]]:
@@ -116,7 +87,6 @@ def whole(args: argparse.Namespace, vocabulary: int) -> dict[str, Callable[[], T
     check(step(peer, theirs), [arm() for arm in arms.values()], model.dtype)
     return {
         "HF PEFT": lambda: step(peer, theirs),
-        "HF PEFT again": lambda: step(peer, theirs),
         "ours, plain": lambda: step(model, first),
         **{f"ours, {name}": arm for name, arm in arms.items()},
     }
@@ -128,78 +98,17 @@ def check(wanted: Tensor, found: list[Tensor], dtype: torch.dtype) -> None:
         assert float((one - wanted).float().norm() / wanted.float().norm()) < allowed, "gradients differ"
 
 
-def seconds(arm: Callable[[], Tensor], device: str) -> float:
-    if device != "cuda":
-        start = time.process_time()
-        arm()
-        return time.process_time() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    arm()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def peak(arm: Callable[[], Tensor]) -> int:
-    with PeakBytes() as counted:
-        arm()
-    return counted.peak
-
-
-def interval(ratios: list[float]) -> tuple[float, float]:
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return medians[49], medians[1949]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"hidden": 512, "layers": 8, "tokens": 1024, "rounds": 20}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[256])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--whole", action="store_true", help="a whole step instead of the head and the loss alone")
-    parser.add_argument("--json", help="a file for the figures")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"{vars(args)}, torch {torch.__version__}\n")
-    print("| vocabulary | arm | median ms | time ratio [95 %] | peak MB | peak ratio |\n|---|---|---|---|---|---|")
-    table = []
+def measure(args: argparse.Namespace) -> Iterator[Row]:
     for vocabulary in args.vocabularies:
         arms = (whole if args.whole else alone)(args, vocabulary)
-        bytes_of = {name: peak(arm) for name, arm in arms.items()}
-        times: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(args.rounds):
-            for name in random.sample(list(arms), len(arms)):
-                times[name].append(seconds(arms[name], args.device))
-        first = next(iter(arms))
-        for name, found in times.items():
-            ratios = [one / other for one, other in zip(found, times[first], strict=True)]
-            row = {
-                "vocabulary": vocabulary,
-                "arm": name,
-                "ms": 1e3 * statistics.median(found),
-                "ratio": statistics.median(ratios),
-            }
-            row |= {
-                "interval": interval(ratios),
-                "peak": bytes_of[name],
-                "peak ratio": bytes_of[name] / bytes_of[first],
-            }
-            table.append(row)
-            low, high = row["interval"]
-            print(
-                f"| {vocabulary:,} | {name} | {row['ms']:.0f} | {row['ratio']:.3f} [{low:.3f}, {high:.3f}] | {row['peak'] / 1e6:.0f} | "
-                f"{row['peak ratio']:.3f} |",
-                flush=True,
-            )
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"arguments": vars(args), "torch": torch.__version__, "rows": table}, file, indent=1)
+        case = f"{args.dtype}, vocabulary {vocabulary:,}"
+        yield from compare(case, arms, rounds=args.rounds, device=args.device, memory=True)
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__, hidden=512, layers=8, tokens=1024)
+    options.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 128_000])
+    options.add_argument("--chunks", type=int, nargs="+", default=[256])
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--whole", action="store_true", help="a whole step instead of the head and the loss alone")
+    publish(options.parse_args(), measure)
