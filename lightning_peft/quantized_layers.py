@@ -6,8 +6,9 @@ of bitsandbytes.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
 from lightning_peft.errors import InjectionError, LightningPEFTWarning, TargetError
 from lightning_peft.interfaces import Quantizer
+from lightning_peft.packed_products import UnpacksInto, packed_product
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import is_conv1d_linear
 
@@ -129,6 +131,48 @@ def packing_quantizer(module: nn.Module) -> type[Quantizer]:
         f"the dense weight of a {type(module).__name__} was asked for, but it is packed as {module.weight.dtype} and none of the "
         f"registered quantizers ({', '.join(sorted(quantizers))}) unpacks it; load the base in 16 or 32 bit"
     )
+
+
+def unpacking_product(module: nn.Module) -> Callable[[nn.Module, Tensor], Tensor | None] | None:
+    """Return what computes layers like the quantised ``module`` by :func:`~lightning_peft.packed_products.packed_product`.
+
+    None where ``module`` is not quantised, or its quantizer does not unpack into memory that it is given.
+    """
+    quantizer = _reader(module) if is_packed(module) else None
+    return (
+        functools.partial(packed_product, quantizer)
+        if quantizer is not None and issubclass(quantizer, UnpacksInto)
+        else None
+    )
+
+
+def dequantized_path(layer: nn.Module) -> str | None:
+    """Return why a low-rank adapter around the quantised ``layer`` calls it; None where it unpacks the weight into memory that all layers share.
+
+    Single calls may differ: while a model is compiled or traced, under autocast to another precision than the layer's, and where
+    somebody listens to the layer, it is called.
+
+    Example:
+        >>> import torch
+        >>> from lightning_peft import NF4, Int8
+        >>> dequantized_path(Int8().quantize(torch.nn.Linear(64, 32)))
+        "the quantizer 'int8' unpacks into memory of its own"
+    """
+    quantizer = _reader(layer)
+    if quantizer is None or not issubclass(quantizer, UnpacksInto):
+        name = quantizer_name(layer) if quantizer is None else quantizer.name
+        return f"the quantizer {name!r} unpacks into memory of its own"
+    if layer.bias is not None and layer.bias.requires_grad:
+        return "its bias is trained"
+    weight = quantizer.packed_weight(layer)
+    return weight if isinstance(weight, str) else None
+
+
+def _reader(module: nn.Module) -> type[Quantizer] | None:
+    try:
+        return packing_quantizer(module)
+    except TargetError:
+        return None
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -22,6 +22,7 @@ from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
 from lightning_peft.interfaces import Adapter, Slice
+from lightning_peft.quantized_layers import unpacking_product
 from lightning_peft.targets import is_conv1d_linear
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -181,6 +182,7 @@ class LowRankLinear(LowRankAdapter):
         self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
         exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
         self._plain: type | None = type(module) if exact else None
+        self._unpacking = unpacking_product(module)
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:
@@ -214,6 +216,8 @@ class LowRankLinear(LowRankAdapter):
 
     def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
         """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        if self._unpacking is not None:
+            return None if not isinstance(base, nn.Module) or _hooked(base) else self._unpacking(base, x)
         if type(base) is not self._plain or _hooked(base):
             return None
         weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)

@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,12 +24,16 @@ from lightning_peft.errors import ConfigError, InjectionError
 from lightning_peft.field_checks import check_switches
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Quantizer
+from lightning_peft.packed_products import PackedWeight, UnpacksInto
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KERNELS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_KERNELS_OF = "0.50."
+"""The versions of bitsandbytes whose functions in C are called here as they are declared."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _FourBit(Quantizer):
+class _FourBit(Quantizer, UnpacksInto):
     """What NF4 and FP4 share: bitsandbytes' ``Linear4bit``, with the name of the quantizer as its ``quant_type``."""
 
     fsdp_ready: ClassVar[bool] = True
@@ -96,6 +103,50 @@ class _FourBit(Quantizer):
         weight: Any = module.weight
         dense: Tensor = bnb.dequantize_4bit(weight.data, weight.quant_state)
         return dense
+
+    @classmethod
+    @override
+    def packed_weight(cls, layer: nn.Module) -> PackedWeight | str:
+        import bitsandbytes as bnb
+
+        one: Any = layer
+        if type(layer).forward is not bnb.nn.Linear4bit.forward:
+            return f"a {type(layer).__name__} computes in a way of its own"
+        packed, state = one.weight, getattr(one.weight, "quant_state", None)
+        if type(packed) is not bnb.nn.Params4bit or state is None:
+            return "its weight is sharded, or not quantised yet"
+        if getattr(state, "packing_format_for_cpu", False):
+            if torch.is_grad_enabled() and layer.training:
+                raise InjectionError(
+                    "a layer is trained over whose weight bitsandbytes repacked for inference in a forward in eval mode: gradients would "
+                    "go past it; load the base again, and inject before its first forward"
+                )
+            return "bitsandbytes repacked its weight for inference"
+        if packed.device.type != "cpu":
+            return f"on {packed.device.type} bitsandbytes has kernels of its own"
+        if not one.compute_type_is_set or one.compute_dtype not in _KERNELS:
+            return f"it has not taken the precision of an input yet, or multiplies in {one.compute_dtype}"
+        shape = (one.out_features, one.in_features)
+        # What bitsandbytes does by other code, or wrongly, is left to it.
+        nested = state.nested and state.state2.blocksize != 256
+        if tuple(state.shape) != shape or shape[1] % state.blocksize or state.blocksize > 1024 or nested:
+            return f"bitsandbytes unpacks {tuple(state.shape)} in blocks of {state.blocksize} by other code"
+        if not packed.is_contiguous() or _unpacking(state.quant_type, one.compute_dtype) is None:
+            return f"bitsandbytes {bnb.__version__} has no function for it that is known here"
+        return PackedWeight(packed, state, shape, one.compute_dtype)
+
+    @classmethod
+    @override
+    def unpacked_into(cls, out: Tensor, weight: PackedWeight) -> None:
+        state, unpack = weight.state, _unpacking(weight.state.quant_type, out.dtype)
+        scales: Tensor = state.absmax
+        if state.nested:
+            twice = state.state2
+            scales = torch.ops.bitsandbytes.dequantize_blockwise.default(
+                scales, twice.absmax, twice.code, twice.blocksize, torch.float32
+            ).add_(state.offset)
+        assert unpack is not None
+        unpack(weight.packed, scales.float(), out, state.blocksize)
 
     @classmethod
     @override
@@ -199,6 +250,30 @@ class Int8(Quantizer):
     def settings_of(cls, module: nn.Module) -> Self | None:
         layer: Any = module
         return cls(threshold=float(layer.state.threshold))
+
+
+@functools.cache
+def _unpacking(kind: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, int], None] | None:
+    """Return what writes packed weights, with scales of float32, into a tensor (out, in) of ``dtype`` on a CPU; None where it is not known.
+
+    bitsandbytes itself does so only into new memory, so its function in C is called, which must do to some numbers what bitsandbytes does.
+    """
+    import bitsandbytes as bnb
+    from bitsandbytes.cextension import lib
+
+    function = getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{_KERNELS[dtype]}", None)
+    if not bnb.__version__.startswith(_KERNELS_OF) or not isinstance(function, ctypes._CFuncPtr):
+        return None
+
+    def unpack(packed: Tensor, scales: Tensor, out: Tensor, block_size: int) -> None:
+        addresses = (ctypes.c_void_p(one.data_ptr()) for one in (packed, scales, out))
+        function(*addresses, *(ctypes.c_longlong(size) for size in (block_size, *out.shape)))
+
+    packed, scales = torch.arange(256, dtype=torch.uint8), torch.linspace(0.5, 1.5, 8)
+    out = torch.zeros(4, 128, dtype=dtype)
+    unpack(packed, scales, out, 64)
+    wanted = torch.ops.bitsandbytes.dequantize_4bit.default(packed.view(-1, 1), scales, 64, kind, out.shape, dtype)
+    return unpack if torch.equal(out, wanted) else None
 
 
 def _copy(bias: Tensor | None, dtype: torch.dtype | None = None) -> nn.Parameter | None:
