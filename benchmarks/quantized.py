@@ -76,7 +76,10 @@ def one_layer(args: argparse.Namespace, tokens: int) -> dict[str, Arm]:
         return x.grad
 
     same(step(peer), step(ours))
-    return {name: lambda m=model: step(m) for name, model in zip((PEER, OURS, BNB, DENSE), (peer, ours, packed, dense), strict=True)}
+    return {
+        name: lambda m=model: step(m)
+        for name, model in zip((PEER, OURS, BNB, DENSE), (peer, ours, packed, dense), strict=True)
+    }
 
 
 def whole(args: argparse.Namespace, tokens: int) -> dict[str, Arm]:
@@ -105,7 +108,10 @@ def whole(args: argparse.Namespace, tokens: int) -> dict[str, Arm]:
         return watched[id(model)].grad if id(model) in watched else None
 
     same(step(peer), step(ours))
-    return {name: lambda m=model: step(m) for name, model in zip((PEER, OURS, BNB, DENSE), (peer, ours, packed, dense), strict=True)}
+    return {
+        name: lambda m=model: step(m)
+        for name, model in zip((PEER, OURS, BNB, DENSE), (peer, ours, packed, dense), strict=True)
+    }
 
 
 def same(wanted: Tensor | None, found: Tensor | None) -> None:
@@ -125,7 +131,9 @@ def profile(case: str, arms: dict[str, Arm], rows: int = 12) -> None:
         with profiling(activities=[ProfilerActivity.CPU]) as found:
             for _ in range(5):
                 arm()
-        print(f"{case}: {name}\n{found.key_averages().table(sort_by='self_cpu_time_total', row_limit=rows, max_name_column_width=40)}")
+        print(
+            f"{case}: {name}\n{found.key_averages().table(sort_by='self_cpu_time_total', row_limit=rows, max_name_column_width=40)}"
+        )
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:

@@ -63,7 +63,9 @@ class UnpacksInto(ABC):
 
 
 def packed_product(quantizer: type[UnpacksInto], layer: Any, x: Tensor) -> Tensor | None:
-    """Return what ``layer`` makes of x (..., in): a new tensor (tokens, out) in the dtype of x; None where it must be called.
+    """Return what ``layer`` makes of x (..., in): a new tensor (tokens, out); None where it must be called.
+
+    It has the dtype of x, or under autocast the one of that, as the result of any linear layer has.
 
     Args:
         quantizer: the one that reads ``layer``.
@@ -80,12 +82,14 @@ def packed_product(quantizer: type[UnpacksInto], layer: Any, x: Tensor) -> Tenso
         if bias.requires_grad:
             return None
         bias = bias.to(weight.dtype)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != weight.dtype:
-        return None
+    kind, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if dtype != weight.dtype:
+            return None
     tokens = x.reshape(-1, x.shape[-1]).to(weight.dtype)
     y: Tensor = _Product.apply(tokens, weight.packed, quantizer, weight, bias, False)  # type: ignore[no-untyped-call]
-    return y.to(x.dtype)
+    return y.to(dtype)
 
 
 def called_reason(x: Tensor) -> str | None:

@@ -6,12 +6,15 @@ of bitsandbytes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_peft.adapter_layer import AdapterLayer, base_modules, unwrapped
 from lightning_peft.errors import InjectionError, LightningPEFTWarning, TargetError
@@ -166,6 +169,31 @@ def dequantized_path(layer: nn.Module) -> str | None:
         return "its bias is trained"
     weight = quantizer.packed_weight(layer)
     return weight if isinstance(weight, str) else None
+
+
+@contextlib.contextmanager
+def unpacked_once(layer: nn.Module) -> Iterator[None]:
+    """Have a quantised ``layer`` that is called many times multiply with a weight that is unpacked once, for the time of a ``with`` block.
+
+    No graph may outlive the block, as it would keep the weight. Where :func:`dequantized_path` has a reason, and in autocast to another
+    precision than the layer's, it stays as it is.
+    """
+    quantizer = _reader(layer)
+    known = quantizer is not None and issubclass(quantizer, UnpacksInto) and "forward" not in vars(layer)
+    weight = quantizer.packed_weight(layer) if known and layer._compiled_call_impl is None else ""  # type: ignore[union-attr]
+    if isinstance(weight, str) or (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") != weight.dtype
+    ):
+        yield
+        return
+    dense = torch.empty(weight.shape, dtype=weight.dtype)
+    quantizer.unpacked_into(dense, weight)  # type: ignore[union-attr]
+    bias = None if layer.bias is None else layer.bias.to(weight.dtype)  # type: ignore[operator]
+    vars(layer)["forward"] = lambda x: F.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
 
 
 def _reader(module: nn.Module) -> type[Quantizer] | None:

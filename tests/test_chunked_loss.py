@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from lightning_peft import (
+    NF4,
     ChunkedLoss,
     ClassificationTask,
+    Int8,
     LoRA,
     PEFTModule,
     PrefixTuning,
@@ -108,6 +110,36 @@ def test_lora_on_the_head():
     plain, chunked, wanted, found = gradients(randomized(model), batch())
     assert_same(plain, chunked, wanted, found)
     assert all(gradient.any() for gradient in found)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+@pytest.mark.parametrize("kind", [NF4, Int8])
+def test_a_head_in_few_bits(kind, targets):
+    model = tiny_llama()
+    model.lm_head = (NF4(compute_dtype="float32") if kind is NF4 else kind()).quantize(model.lm_head)
+    inject(model, LoRA(rank=2), targets)
+    randomized(model).train()
+    first = gradients(model, batch())
+    assert_same(*first)
+    assert len(first[3]) == 4 * len(targets) - 2 * (len(targets) == 2)
+    with torch.no_grad(), chunked_loss(model.eval(), ChunkedLoss(tokens=5)):
+        chunked = model(**batch())
+    with torch.no_grad():
+        plain = model(**batch())
+    assert abs(float(chunked.loss / plain.loss) - 1) <= 1e-6
+    again = gradients(model.train(), batch())
+    assert all(torch.equal(one, other) for one, other in zip(first[3], again[3], strict=True))
+
+
+def test_a_head_in_four_bits_is_unpacked_once_for_all_chunks(monkeypatch):
+    model, calls, own = tiny_llama(), [], NF4.unpacked_into.__func__
+    model.lm_head = NF4(compute_dtype="float32").quantize(model.lm_head)
+    inject(model, LoRA(rank=2), ["q_proj"])
+    monkeypatch.setattr(NF4, "unpacked_into", classmethod(lambda *args: calls.append(None) or own(*args)))
+    with chunked_loss(model, ChunkedLoss(tokens=5)):
+        model(**batch()).loss.backward()
+    assert len(calls) == 1
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_one_update_for_a_tied_embedding_and_head():

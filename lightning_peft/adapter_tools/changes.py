@@ -48,7 +48,7 @@ def changed_places(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module
         MergeError: its method cannot be merged, or an adapter is merged into the base at the moment.
     """
     injection = record(model, name)
-    if not injection.method.mergeable:
+    if not injection.method.mergeable and not injection.method.merges_quantized:
         raise MergeError(f"adapter {name!r} is a {injection.method.name!r} adapter, {injection.method.merge_refusal}")
     if injection.method.exact_packed_base:
         raise MergeError(

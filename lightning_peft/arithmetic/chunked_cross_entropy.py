@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.quantized_layers import is_packed, unpacked_once
 
 _TOKENS = {"cpu": 256}
 _TOKENS_ELSEWHERE = 1024
@@ -194,7 +195,11 @@ def _in_chunks(
     size = max(1, -(-length // steps))
     found = _Found(hidden, steps, settings, labels != settings.ignore_index)
     trains, buffers = torch.is_grad_enabled(), dict[str, Tensor]()
-    with _cast_once(head, hidden) if steps > 1 else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if steps > 1:
+            held.enter_context(_cast_once(head, hidden))
+            for module in getattr(head, "modules", list)():
+                held.enter_context(unpacked_once(module) if is_packed(module) else contextlib.nullcontext())
         for start in range(0, length, size):
             x = hidden.detach().narrow(-2, start, min(size, length - start))
             wanted = labels.narrow(-1, start, x.shape[-2])

@@ -14,15 +14,18 @@ from lightning_peft import (
     FullFineTuning,
     LoRA,
     PrefixTuning,
+    QLoRA,
     analyze_weights,
     inject,
     save_adapter,
     spectrum,
     subspace_similarity,
 )
+from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.adapter_tools.spectra import change_spectrum
 from lightning_peft.cli import main
 from lightning_peft.errors import AdapterMismatchError, ConfigError, MergeError
+from lightning_peft.quantized_layers import dense_weight
 from lightning_peft.testing.toys import tiny_gpt2, tiny_llama
 
 
@@ -113,6 +116,24 @@ def test_the_spectrum_of_a_change_is_that_of_its_factors():
         assert dense[label].rank == one.rank == 2
         torch.testing.assert_close(dense[label].values[:2], one.values, rtol=1e-6, atol=1e-8)
         assert dense[label].effective_rank == pytest.approx(one.effective_rank, rel=1e-5)
+
+
+def test_packed_weights_are_unpacked_one_at_a_time():
+    method = QLoRA(rank=2, skip=["up"], compute_dtype="float32")
+    model = shaken(tiny_llama(), method)
+    dense = {
+        path: dense_weight(unwrapped(held)).double().numpy()
+        for path, held in base_modules(model)
+        if isinstance(unwrapped(held), nn.Linear)
+    }
+    found = analyze_weights(model, top=4, threshold=0.9)
+    assert len(found) == 14
+    for label, one in found.items():
+        adapter = model.get_submodule(label).adapters["default"]
+        update = adapter.scaling * (adapter.lora_B.detach().t().double() @ adapter.lora_A.detach().double()).numpy()
+        np.testing.assert_allclose(one.base_values, np.linalg.svd(dense[label], compute_uv=False), rtol=1e-9)
+        np.testing.assert_allclose(one.tuned_values, np.linalg.svd(dense[label] + update, compute_uv=False), rtol=1e-5)
+        assert one.rank == 2
 
 
 def test_biases_alone_are_no_matrices():
