@@ -94,6 +94,8 @@ if TYPE_CHECKING:
     from lightning_peft.optimization import parameter_groups as parameter_groups
     from lightning_peft.optimization import scale_learning_rates as scale_learning_rates
     from lightning_peft.out_of_core import merge_folder as merge_folder
+    from lightning_peft.packed_products import PackedWeight as PackedWeight
+    from lightning_peft.packed_products import UnpacksInto as UnpacksInto
     from lightning_peft.plugins.adalora import AdaLoRA as AdaLoRA
     from lightning_peft.plugins.adalora import allocated_ranks as allocated_ranks
     from lightning_peft.plugins.bitfit import BitFit as BitFit
@@ -253,6 +255,7 @@ _HOME = {
     "PEFTMixin": "mixin",
     "PEFTModule": "module",
     "PTuning": "plugins.p_tuning",
+    "PackedWeight": "packed_products",
     "Perplexity": "plugins.perplexity",
     "Phase": "callbacks",
     "PhaseSchedule": "callbacks",
@@ -285,6 +288,7 @@ _HOME = {
     "TorchtuneFile": "plugins.torchtune_format",
     "TrainableTokens": "plugins.trainable_tokens",
     "TransformersLoader": "loaders",
+    "UnpacksInto": "packed_products",
     "VeRA": "plugins.vera",
     "active_adapters": "activation",
     "adapter_layers": "adapter_layer",

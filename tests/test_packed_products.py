@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import sys
 import threading
 from pathlib import Path
 
@@ -205,6 +206,8 @@ def test_a_call_within_a_call_has_memory_of_its_own(monkeypatch):
 # -- where layers are called -------------------------------------------------------------------------------------------
 
 
+# torch.compile makes an instance of bitsandbytes' autograd function to trace it, and then warns of that.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 def test_a_compiled_model_calls_its_layers_and_its_graph_is_whole(monkeypatch):
     model, called = adapted(num_hidden_layers=1)
     with counted(monkeypatch) as calls:
@@ -215,6 +218,7 @@ def test_a_compiled_model_calls_its_layers_and_its_graph_is_whole(monkeypatch):
     torch.testing.assert_close(found, called.model.layers[0].mlp(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("how", ["subclass", "empty", "func", "traced", "make_fx"])
 def test_calls_of_which_somebody_keeps_a_record_go_through_the_layer(how):
     layer, x = packed_layer(), inputs().detach()
@@ -355,11 +359,12 @@ def test_memory_taken_in_inference_mode_serves_training_too():
     assert x.grad is not None
 
 
-@pytest.fixture(scope="module")
-def paired():
+@pytest.fixture
+def paired(monkeypatch):
     file = Path(__file__).parents[1] / "benchmarks" / "paired.py"
     spec = importlib.util.spec_from_file_location("paired", file)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "paired", module)  # its dataclasses look there
     spec.loader.exec_module(module)
     return module
 

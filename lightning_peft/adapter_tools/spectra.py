@@ -83,7 +83,7 @@ def analyze_weights(
     Parameters that are no matrices, such as biases and norms, are left out.
 
     Args:
-        model: the adapted model; any method that can be merged.
+        model: the adapted model; any method that can be merged, at least into an unpacked copy of a packed base.
         name: the adapter.
         top: how many singular vectors of a tuned weight are looked at for intruders.
         threshold: cosine below which one is an intruder.

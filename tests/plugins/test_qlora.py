@@ -41,6 +41,7 @@ from lightning_peft.errors import (
     UnknownNameError,
 )
 from lightning_peft.hookspecs import hookimpl
+from lightning_peft.quantized_layers import dequantized_path
 from lightning_peft.registry import Registry
 from lightning_peft.testing import MethodConformance, tiny_llama, token_batch
 from lightning_peft.testing.subject import base_tensors, differing, distance
@@ -265,6 +266,7 @@ def test_a_base_that_transformers_quantised_is_taken_as_it_is(folder):
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert {dequantized_path(layer) for layer in layers} == {None}
     inject(model, EXACT)
     logits(model)
     assert train(model, 2)
