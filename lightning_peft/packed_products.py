@@ -94,7 +94,7 @@ def packed_product(quantizer: type[UnpacksInto], layer: Any, x: Tensor) -> Tenso
 
 def called_reason(x: Tensor) -> str | None:
     """Return why layers must be called with ``x`` themselves, as somebody writes down what is computed; None where they need not be."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return "the model is being compiled or traced"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"its input is a {type(x).__name__}"
@@ -126,7 +126,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @override
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (packed,) = ctx.saved_tensors  # torch complains here if somebody changed it meanwhile
         quantizer, weight, transposed = ctx.rest
         product = _Product.apply(gradient, packed, quantizer, weight, None, not transposed)  # type: ignore[no-untyped-call]

@@ -188,7 +188,7 @@ def unpacked_once(layer: nn.Module) -> Iterator[None]:
         return
     dense = torch.empty(weight.shape, dtype=weight.dtype)
     quantizer.unpacked_into(dense, weight)  # type: ignore[union-attr]
-    bias = None if layer.bias is None else layer.bias.to(weight.dtype)  # type: ignore[operator]
+    bias: Any = None if layer.bias is None else layer.bias.to(weight.dtype)
     vars(layer)["forward"] = lambda x: F.linear(x.to(dense.dtype), dense, bias).to(x.dtype)
     try:
         yield

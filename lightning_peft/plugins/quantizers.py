@@ -262,7 +262,8 @@ def _unpacking(kind: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tenso
     from bitsandbytes.cextension import lib
 
     function = getattr(lib, f"cdequantize_blockwise_cpu_{kind}_{_KERNELS[dtype]}", None)
-    if not bnb.__version__.startswith(_KERNELS_OF) or not isinstance(function, ctypes._CFuncPtr):
+    known = bnb.__version__.startswith(_KERNELS_OF) and isinstance(function, ctypes._CFuncPtr)  # type: ignore[attr-defined]
+    if not known or function is None:
         return None
 
     def unpack(packed: Tensor, scales: Tensor, out: Tensor, block_size: int) -> None:
