@@ -10,6 +10,7 @@ from lightning_peft import (
     LoRA,
     PEFTModule,
     PrefixTuning,
+    QLoRA,
     SpectrumMonitor,
     analyze_weights,
     inject,
@@ -47,9 +48,10 @@ def test_the_spectrum_of_a_run_is_logged_from_start_to_end(make_trainer, tmp_pat
     assert float(trainer.callback_metrics["spectrum/stable_rank"]) == pytest.approx(mean, rel=1e-6)
 
 
-def test_the_weights_of_the_base_are_compared_where_asked_for(make_trainer, tmp_path):
+@pytest.mark.parametrize("method", [LoRA(rank=3), QLoRA(rank=3, compute_dtype="float32")], ids=lambda one: one.name)
+def test_the_weights_of_the_base_are_compared_where_asked_for(method, make_trainer, tmp_path):
     monitor = SpectrumMonitor(every_n_steps=50, weights=True, per_weight=False, top=4, threshold=0.95)
-    module, trainer, _ = fitted(make_trainer, tmp_path, LoRA(rank=3), monitor)
+    module, trainer, _ = fitted(make_trainer, tmp_path, method, monitor)
     found = analyze_weights(module.model, top=4, threshold=0.95).values()
     metrics = trainer.callback_metrics
     assert float(metrics["spectrum/intruders"]) == pytest.approx(sum(one.intruders for one in found) / len(found))
