@@ -56,7 +56,8 @@ class Ordered(DataLoader):
         return {"order": list(range(100_000)), "seed": torch.tensor(3)}
 
     def load_state_dict(self, state):
-        assert len(state["order"]) == 100_000 and int(state["seed"]) == 3
+        assert len(state["order"]) == 100_000
+        assert int(state["seed"]) == 3
         self.loaded = True
 
 
