@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.collating import padded
 from lightning_peft.data.examples import Example
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class MultipleChoiceDataModule(TokenizedDataModule):

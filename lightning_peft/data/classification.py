@@ -8,14 +8,14 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.chat import check_fast
 from lightning_peft.data.collating import SequenceCollator
 from lightning_peft.data.examples import Example
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class LabelledDataModule(TokenizedDataModule):

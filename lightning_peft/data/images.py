@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import TRAIN, RowsDataModule
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 

@@ -16,15 +16,15 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.chat import check_fast, checked_messages, conversation_labels, token_labels
 from lightning_peft.data.collating import DocumentMask, PackedCollator, SequenceCollator
-from lightning_peft.data.documents import parse_template, render
 from lightning_peft.data.examples import Example
 from lightning_peft.data.packing import packed
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
+from lightning_peft.source_rows.templates import parse_template, render
 
 ALPACA_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.

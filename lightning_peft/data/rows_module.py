@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.data.bad_rows import BadRows, OnBadRows
 from lightning_peft.data.collating import WithAdapters
 from lightning_peft.data.examples import Example, Examples, NamedExamples
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.data.selection import select_rows
-from lightning_peft.data.sources import FORMATS, Row, read_rows
 from lightning_peft.data.streaming import StreamingDataLoader
 from lightning_peft.data_position import place_of
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number, is_whole
+from lightning_peft.source_rows.bad_rows import BadRows, OnBadRows
+from lightning_peft.source_rows.reading import FORMATS, Row, read_rows
 
 TRAIN = "train"
 Split = Literal["random", "end"]
@@ -43,7 +43,7 @@ class RowsDataModule(LightningDataModule):
     A subclass says with :meth:`example` what becomes of a row and with :meth:`collator` how a batch is made of examples.
 
     Args:
-        train: file, folder or hub id to train on: see :mod:`lightning_peft.data.sources`. Several, ``{name: file}``, train an
+        train: file, folder or hub id to train on: see :mod:`lightning_peft.source_rows.reading`. Several, ``{name: file}``, train an
             adapter each, that of the name; validation sets of that name are read by it, others by the base alone.
         val: file to evaluate on, or several by name, ``{name: file}``. A file without a name gets that of its stem.
         batch_size: rows in a batch of training.

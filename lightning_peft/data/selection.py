@@ -14,9 +14,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 PERMUTATIONS = 128
 NGRAM = 3

@@ -22,14 +22,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.resumable import EpochPosition
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
 
 if TYPE_CHECKING:
     from lightning_peft.data.rows_module import RowsDataModule
-    from lightning_peft.data.sources import Row
+    from lightning_peft.source_rows.reading import Row
 
 _NOTHING: tuple[None, list[Any]] = (None, [])
 """A turn without a batch."""

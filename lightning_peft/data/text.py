@@ -18,15 +18,15 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.collating import DocumentMask, FullRowCollator, PackedCollator
-from lightning_peft.data.documents import hold_out, is_whole_text, parse_template, render
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import TRAIN, Split
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
+from lightning_peft.source_rows.templates import is_whole_text, parse_template, render
 
 _DOCUMENTS_AT_ONCE = 512
 _REPLAY = "replay"
@@ -268,3 +268,20 @@ class TextDataModule(TokenizedDataModule):
                 )
             parse_template(value)
         return {name: template.get(name, "{text}") for name in names}
+
+
+def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    r"""Split off the end: the last rows, or the end of a single document from a line break on.
+
+    Example:
+        >>> hold_out(["a", "b", "c", "d"], 0.25)
+        (['a', 'b', 'c'], ['d'])
+        >>> hold_out(["one\ntwo\nthree\n"], 0.5)
+        (['one\ntwo\n'], ['three\n'])
+    """
+    if len(documents) == 1:
+        text = documents[0]
+        cut = text.find("\n", max(0, int(len(text) * (1 - fraction)) - 1)) + 1 or len(text)
+        return [text[:cut]], [text[cut:]]
+    kept = len(documents) - max(1, round(len(documents) * fraction))
+    return documents[:kept], documents[kept:]

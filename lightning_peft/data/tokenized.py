@@ -8,11 +8,11 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import RowsDataModule
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class TokenizedDataModule(RowsDataModule):

@@ -6,8 +6,16 @@ import json
 
 import pytest
 
-from lightning_peft.data.documents import hold_out, parse_template, read_documents
+from lightning_peft.data.text import hold_out
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import read_rows
+from lightning_peft.source_rows.templates import filled, is_whole_text, parse_template
+
+
+def read_documents(path, template="{text}"):
+    rows = read_rows(path, BadRows("raise"), whole_text=True)
+    return [row.values["text"] if is_whole_text(row) else filled(template, row) for row in rows]
 
 
 @pytest.fixture

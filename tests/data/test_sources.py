@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import Row, read_rows
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row, read_rows
 
 ROWS = [{"text": "a b", "n": "1"}, {"text": "c, d", "n": "2"}]
 
