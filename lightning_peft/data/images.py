@@ -25,7 +25,8 @@ class ImageFolderDataModule(RowsDataModule):
     """Images to classify: ``train/cat/1.png`` is a cat.
 
     Batches are ``{"pixel_values": (batch, 3, height, width), "labels": (batch,)}``. Images are opened once at the start, so that one that is
-    none is told with its file, and read when a batch needs them. Rows are numbered in the order of the paths.
+    none is told with its file, and read when a batch needs them. Rows are numbered in the order of the paths; files and folders whose
+    names begin with a dot are passed over.
 
     Args:
         train: folder with a folder for each class.
@@ -87,7 +88,7 @@ class ImageFolderDataModule(RowsDataModule):
         """Yield the images of a folder, as rows with a file and a label."""
         number = 0
         for folder in _folders(source):
-            for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+            for file in _images(folder):
                 number += 1
                 yield Row({"file": str(file), "label": folder.name}, str(file), number)
 
@@ -162,12 +163,18 @@ def _read(file: str) -> Any:
 
 
 def _folders(source: str) -> list[Path]:
-    folders = sorted(folder for folder in Path(source).iterdir() if folder.is_dir()) if Path(source).is_dir() else []
+    inside = Path(source).iterdir() if Path(source).is_dir() else ()
+    folders = sorted(folder for folder in inside if folder.is_dir() and not folder.name.startswith("."))
     if not folders:
         raise ConfigError(
             f"{source!r} has no folders; it must have one for each class, with images in it. Relative paths start at {str(Path.cwd())!r}"
         )
     return folders
+
+
+def _images(folder: Path) -> list[Path]:
+    inside = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in inside if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _load_processor(path: str) -> Any:

@@ -85,12 +85,17 @@ class StreamedBatches(IterableDataset[Any]):
         # All workers read all rows; one tells of those that cannot be read.
         rows = self.module.stream(bad_rows if worker == 0 else BadRows("report"))
         rows = itertools.islice(rows, worker, None, workers)
+        self.module.share = (worker, workers)
         if self.module.shuffle:
             seed = (self.module.seed * 1_000_003 + self.position.epoch) * 1_009 + worker
             rows = shuffled(rows, self.module.shuffle_buffer, random.Random(seed))
         examples = self.module.examples(rows, "train", True, bad_rows)
         for number in itertools.count():
-            batch = _tensors(itertools.islice(examples, self.batch_size))
+            try:
+                batch = _tensors(itertools.islice(examples, self.batch_size))
+            except ConfigError as error:  # a worker that raises it is told of by torch, with another error
+                yield error, bad_rows.take()
+                return
             if not batch:
                 break
             found = bad_rows.take()  # also of batches that are thrown away, so that it is told once
@@ -187,6 +192,8 @@ class StreamingDataLoader(DataLoader[Any]):
             place.position += 1
             if place.epoch == 0:  # the next ones find the same
                 report.merge(found)
+            if isinstance(batch, ConfigError):
+                raise batch
             if batch is None:
                 idle += 1
                 if idle == max(1, self.num_workers):
@@ -198,6 +205,8 @@ class StreamingDataLoader(DataLoader[Any]):
         place.finished = True
         if place.epoch == 0:
             report.warn(repr(self.module.source_of("train", True)))
+        if not place.batches:
+            self.module.refuse_no_rows("train", True, report)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, and what it is a position in."""

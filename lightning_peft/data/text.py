@@ -25,7 +25,7 @@ from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number
 from lightning_peft.source_rows.bad_rows import BadRows
-from lightning_peft.source_rows.reading import Row
+from lightning_peft.source_rows.reading import Row, suffix_of
 from lightning_peft.source_rows.templates import is_whole_text, parse_template, render
 
 _DOCUMENTS_AT_ONCE = 512
@@ -158,7 +158,8 @@ class TextDataModule(TokenizedDataModule):
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
-        return super().shown({"labels": example["input_ids"], **example})
+        # What the first token would be predicted from is not there.
+        return super().shown({"labels": [IGNORED, *example["input_ids"][1:]], **example})
 
     @override
     def source_of(self, name: str, trained: bool) -> str:
@@ -187,7 +188,7 @@ class TextDataModule(TokenizedDataModule):
             del ids[:done], starts[:done]
             if total == limit:
                 break
-        self.left_over[name] = len(ids)
+        self.left_over[self.label_of(name, trained)] = len(ids)
         if not made and not self.streaming:
             raise ConfigError(
                 f"{self.source_of(name, trained)!r} gives {total} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
@@ -207,7 +208,9 @@ class TextDataModule(TokenizedDataModule):
     def _with_replay(self, examples: Iterator[Example], bad_rows: BadRows) -> Iterator[Example]:
         """Yield examples with rows of ``replay`` between them, of which ``replay_share`` are; they begin anew where they end."""
         share, replayed = self.replay_share, 0
-        replay = self._replay_rows(bad_rows)
+        worker, workers = self.share
+        replay = self._replay_rows(bad_rows if worker == 0 else BadRows("report"))
+        replay = itertools.islice(replay, worker, None, workers)
         for given, example in enumerate(examples, start=1):
             yield example
             while replayed + 1 <= share * (given + replayed + 1):
@@ -217,8 +220,15 @@ class TextDataModule(TokenizedDataModule):
     def _replay_rows(self, bad_rows: BadRows) -> Iterator[Example]:
         while True:
             # Bad rows are told of in the first round only.
-            rows = self.read(_REPLAY, str(self.replay), bad_rows)
-            yield from self._packed(rows, _REPLAY, True, None)
+            rows, any_made = self.read(_REPLAY, str(self.replay), bad_rows), False
+            for example in self._packed(rows, _REPLAY, True, None):
+                any_made = True
+                yield example
+            if not any_made:
+                raise ConfigError(
+                    f"{self.replay!r} gives {self.left_over[_REPLAY]} tokens to replay, fewer than one row of block_size={self.block_size}; "
+                    "lower block_size or give more text"
+                )
             bad_rows = BadRows("report")
 
     def _around(self) -> tuple[list[int], list[int]]:
@@ -251,7 +261,7 @@ class TextDataModule(TokenizedDataModule):
             if self.max_train_tokens is not None:
                 raise ConfigError("streaming=True has no count of tokens; give max_train_rows for max_train_tokens")
             for source in (*self._train.values(), self.replay or ""):
-                if source.endswith(".txt"):
+                if suffix_of(source) == ".txt":
                     raise ConfigError(
                         f"{source!r} is one document, which is read at once; leave streaming out, or make it a .jsonl"
                     )
@@ -280,8 +290,18 @@ def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str
         (['one\ntwo\n'], ['three\n'])
     """
     if len(documents) == 1:
-        text = documents[0]
-        cut = text.find("\n", max(0, int(len(text) * (1 - fraction)) - 1)) + 1 or len(text)
-        return [text[:cut]], [text[cut:]]
+        cut = _cut_near(documents[0], int(len(documents[0]) * (1 - fraction)))
+        return [documents[0][:cut]], [documents[0][cut:]]
     kept = len(documents) - max(1, round(len(documents) * fraction))
     return documents[:kept], documents[kept:]
+
+
+def _cut_near(text: str, place: int) -> int:
+    """Return where a line begins near ``place``, or a word where no line does; both parts have text if any such cut is there."""
+    last = len(text.rstrip())  # behind it there is nothing to hold out
+    for between in ("\n", " "):
+        after = text.find(between, max(0, place - 1), last) + 1
+        before = text.rfind(between, 0, min(place, last)) + 1
+        if after or 2 * before > place:
+            return after or before
+    return len(text)

@@ -67,6 +67,32 @@ class TokenizedDataModule(RowsDataModule):
                 return int(token)
         return 0
 
+    def check_room(self, max_length: int, *, pair: bool = False) -> None:
+        """Refuse a ``max_length`` that the special tokens of a row fill.
+
+        Raises:
+            ConfigError: there is no room for a token of a text, or of each of a pair.
+        """
+        special = self.loaded_tokenizer.num_special_tokens_to_add(pair=pair)
+        if max_length < special + 1 + pair:
+            raise ConfigError(
+                f"{type(self).__name__} max_length={max_length} has no room for text beside the {special} special tokens of a row; "
+                f"take at least {special + 1 + pair}"
+            )
+
+    def encoded(self, *texts: str, **options: Any) -> dict[str, Any]:
+        """Return ``input_ids`` of a text or a pair, and ``token_type_ids`` where the tokenizer gives them: which of both a token is of."""
+        found = self.loaded_tokenizer(*texts, **options)
+        return {name: found[name] for name in ("input_ids", "token_type_ids") if name in found}
+
+    @property
+    def fillers(self) -> tuple[tuple[str, int], ...]:
+        """What sequences of a batch are filled up with, by column."""
+        return (
+            ("labels", IGNORED),
+            ("token_type_ids", int(getattr(self.loaded_tokenizer, "pad_token_type_id", 0) or 0)),
+        )
+
     def cut(self, ids: list[int], longest: int, row: Row, bad_rows: BadRows) -> int:
         """Return how many of ``ids`` are kept, and note the row where some are not."""
         if len(ids) > longest:
