@@ -100,9 +100,9 @@ class MultipleChoiceDataModule(TokenizedDataModule):
         """Return the number of the right choice."""
         label, given = row.field(self.label_field), row.values.get(str(self.choices_field))
         names = given.get("label") if isinstance(given, dict) else None
-        if isinstance(names, list) and len(names) == len(choices):  # "1" may be the first of them
-            found = [number for number, name in enumerate(names) if str(name) == str(label)]
-        else:
+        own = names if isinstance(names, list) and len(names) == len(choices) else []  # "1" may be the first of them
+        found = [number for number, name in enumerate(own) if str(name) == str(label)]
+        if not found:
             found = [number for number, choice in enumerate(choices) if choice == label]
             number = int(label) if isinstance(label, str) and label.isdecimal() else label
             if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices):

@@ -170,6 +170,14 @@ class ClassificationDataModule(LabelledDataModule):
         super().prepare()
         self.check_room(self.max_length, pair=self.pair_field is not None)
 
+    @property
+    @override
+    def pad_id(self) -> int:
+        """The id that the model takes for padding, where it says one: decoders classify by the last token before it."""
+        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        known = getattr(getattr(model, "config", None), "pad_token_id", None)
+        return int(known) if isinstance(known, int) and known >= 0 else super().pad_id
+
     @override
     def text_of(self, row: Row) -> str:
         return " ".join(str(row.values.get(name, "")) for name in (self.text_field, self.pair_field) if name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,3 +140,94 @@ def test_words_and_labels_that_do_not_fit_are_told(byte_tokenizer, jsonl):
     assert data.shown(data.first("train", 1)[0]) == [("a/N ", True), ("b ", False), ("c/O ", True)]
     with pytest.raises(ConfigError, match="label_tokens must be first or all, got 'last'"):
         TokenClassificationDataModule("t", "a.jsonl", label_tokens="last")
+
+
+# -- labels and pairs of other people's files --------------------------------------------------------------------------
+
+
+def test_the_texts_of_a_pair_are_told_apart_as_the_tokenizer_does_it(bert_tokenizer, jsonl):
+    rows = [{"a": "a b", "b": "c", "label": 1}, {"a": "d", "b": "e f g h a", "label": 0}]
+    data = set_up(ClassificationDataModule, bert_tokenizer, jsonl("a.jsonl", rows), text_field="a", pair_field="b")
+    (batch,) = data.train_dataloader()
+    tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer)
+    wanted = tokenizer([row["a"] for row in rows], [row["b"] for row in rows], padding=True, return_tensors="pt")
+    assert batch.pop("labels").tolist() == [1, 0]
+    assert batch.keys() == wanted.keys()
+    assert all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    assert batch["token_type_ids"].any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "given", "names", "numbers"),
+    [
+        (None, ["10", "2", 0], [str(number) for number in range(11)], [10, 2, 0]),  # as of a .csv: not by the alphabet
+        (None, [True, False], ["0", "1"], [1, 0]),
+        (None, [2.0, 0.0], ["0", "1", "2"], [2, 0]),
+        (["no", "yes"], ["1", 0, "yes"], ["no", "yes"], [1, 0, 1]),
+        (["1", "2", "3"], [1, "3", 2.0], ["1", "2", "3"], [0, 2, 1]),  # names, and not places among them
+    ],
+)
+def test_a_number_is_the_label_that_it_names(byte_tokenizer, jsonl, labels, given, names, numbers):
+    path = jsonl("a.jsonl", [{"text": "a", "label": one} for one in given])
+    data = set_up(ClassificationDataModule, byte_tokenizer, path, labels=labels)
+    assert data.label_names == names
+    (batch,) = data.train_dataloader()
+    assert batch["labels"].tolist() == numbers
+
+
+@pytest.mark.parametrize(("labels", "label"), [(["1", "2"], 0), (["None", "a"], None), (["a"], 1), (["a"], 0.5)])
+def test_what_names_no_label_is_refused(byte_tokenizer, jsonl, labels, label):
+    path = jsonl("a.jsonl", [{"text": "a", "label": label}])
+    with pytest.raises(BadRowError, match=f"line 1 has the unknown label {label!r}"):
+        set_up(ClassificationDataModule, byte_tokenizer, path, labels=labels)
+
+
+def test_a_length_that_special_tokens_fill_is_refused(bert_tokenizer, jsonl):
+    path = jsonl("a.jsonl", [{"text": "a b c", "pair": "d e", "label": 0}])
+    for length, pair in ((2, None), (4, "pair")):
+        with pytest.raises(ConfigError, match=f"max_length={length} has no room for text beside the {2 + bool(pair)}"):
+            set_up(ClassificationDataModule, bert_tokenizer, path, max_length=length, pair_field=pair)
+    with pytest.warns(UserWarning, match="1 truncated row cut"):
+        data = set_up(
+            ClassificationDataModule, bert_tokenizer, path, max_length=5, pair_field="pair", on_bad_rows="report"
+        )
+    assert data.first("train", 1)[0]["input_ids"].tolist() == [2, 5, 3, 8, 3]
+
+
+def test_rows_are_compared_by_what_is_classified(byte_tokenizer, jsonl):
+    pytest.importorskip("datasketch")
+    rows = [{"tokens": words.split(), "ner_tags": ["O"] * 4} for words in ("one two three four", "five six seven ten")]
+    data = set_up(TokenClassificationDataModule, byte_tokenizer, jsonl("a.jsonl", rows), max_similarity=0.8)
+    assert len(data._datasets["train", True]) == 2
+    rows = [{"text": "one two three four", "label": 0, "id": f"a b c d e f {number}"} for number in range(2)]
+    with pytest.warns(UserWarning, match="1 duplicate row left out"):
+        data = set_up(ClassificationDataModule, byte_tokenizer, jsonl("b.jsonl", rows), max_similarity=0.8)
+
+
+def test_a_row_that_is_left_out_is_not_counted_as_cut_too(byte_tokenizer, jsonl):
+    path = jsonl("a.jsonl", [{"tokens": ["", "b"], "ner_tags": ["N", "O"]}, {"tokens": ["é"], "ner_tags": ["N"]}])
+    data = TokenClassificationDataModule(byte_tokenizer, path, on_bad_rows="report", max_length=1)
+    with pytest.warns(UserWarning, match="1 truncated row cut"):
+        data.setup("fit")
+    assert dict(data.bad_rows["train"].counts) == {"truncated": 1}
+
+
+@torch.no_grad()
+def test_a_decoder_classifies_padded_rows_by_their_own_last_token(byte_tokenizer, jsonl):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=300, pad_token_id=299, **sizes)).eval()
+    path = jsonl("a.jsonl", [{"text": text, "label": 0} for text in ("abcdef", "ab", "c")])
+    data = set_up(ClassificationDataModule, byte_tokenizer, path)
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=model),
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": 1},
+        world_size=1,
+        limit_train_batches=1.0,
+    )
+    (batch,) = data.train_dataloader()
+    together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    alone = [model(input_ids=torch.tensor([list(text)])).logits for text in (b"abcdef", b"ab", b"c")]
+    torch.testing.assert_close(together, torch.cat(alone))

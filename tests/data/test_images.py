@@ -121,3 +121,13 @@ def test_images_resume_with_workers(folder):
     rest = [batch["pixel_values"] for batch in again]
     assert len(rest) == 3
     assert all(torch.equal(one, other) for one, other in zip(rest, expected[1:], strict=True))
+
+
+def test_what_is_hidden_is_no_class_and_no_image(folder):
+    for path in (folder / ".ipynb_checkpoints", folder / "red" / ".cache"):
+        path.mkdir()
+        Image.new("RGB", (4, 4)).save(path / "1.png")
+    (folder / "blue" / "._0.png").write_bytes(b"as a disk of another system leaves it")
+    data = set_up(str(folder))
+    assert data.label_names == ["blue", "red"]
+    assert len(data._datasets["train", True]) == 7

@@ -253,3 +253,32 @@ def test_messages_are_checked(byte_tokenizer, chatml):
 def test_an_argument_out_of_range_is_refused_at_once(options, message):
     with pytest.raises(ConfigError, match=message):
         InstructionDataModule("tokenizer", "a.jsonl", **options)
+
+
+def test_a_prompt_that_fills_the_row_is_counted_once(byte_tokenizer, jsonl):
+    rows = [{"prompt": "p" * 20, "completion": "a"}, {"prompt": "p", "completion": "a" * 20}]
+    with pytest.warns(UserWarning, match="line 1 has no token of an answer among its first 8 of 23"):
+        data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_length=8, on_bad_rows="report")
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1, "truncated": 1}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_tools_of_a_row_are_in_its_text(byte_tokenizer, jsonl, chatml, marked_chatml, marked):
+    shown = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    talk = [
+        {"role": "user", "content": "Hi", "tool_calls": None},  # as data sets of the hub fill it up
+        {"role": "assistant", "content": "Hello"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "Five"},
+    ]
+    refuses = "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('calls') }}{% endif %}{% endfor %}"
+    template = shown + refuses + (marked_chatml if marked else chatml)
+    rows = [{"messages": talk, "tools": given} for given in (tools, json.dumps(tools), None)]
+    data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), chat_template=template)
+    texts = ["".join(text for text, _ in data.shown(one)) for one in data.first("train", 3)]
+    assert [text.startswith(json.dumps(tools)) for text in texts] == [True, True, False]
+    assert predicted(data) == ["Hello<|im_end|>\n", "Five<|im_end|>\n"]
+    for given, message in (("{", "has 'tools' that are not JSON"), ({"a": 1}, "has a dict as 'tools', not a list")):
+        with pytest.raises(BadRowError, match=message):
+            set_up(byte_tokenizer, jsonl("b.jsonl", [{"messages": talk, "tools": given}]), chat_template=template)
