@@ -193,14 +193,14 @@ def test_bad_rows_are_counted_or_refused(byte_tokenizer, jsonl):
         {"messages": [{"role": "user", "content": "a"}]},
     ]
     path = jsonl("a.jsonl", rows)
-    with pytest.warns(UserWarning, match="3 malformed rows left out|2 truncated rows cut"):
+    with pytest.warns(UserWarning, match=r"4 empty rows left out.*\n1 truncated row cut.*\n2 malformed rows left out"):
         data = set_up(byte_tokenizer, path, max_length=12, on_bad_rows="report")
     bad = data.bad_rows["train"]
-    assert dict(bad.counts) == {"empty": 4, "truncated": 2, "malformed": 2}
+    assert dict(bad.counts) == {"empty": 4, "truncated": 1, "malformed": 2}
     assert [place.partition("line ")[2][0] for place in bad.places["empty"]] == ["2", "3", "7", "8"]
-    assert [place.partition("line ")[2] for place in bad.places["truncated"]][1] == (
+    assert [place.partition("line ")[2] for place in bad.places["truncated"]] == [
         "4 has 23 tokens, 11 more than max_length=12"
-    )
+    ]
     assert [predicted(data, number) for number in range(2)] == [["fine</s>"], ["much too l"]]
     assert "neither messages, nor instruction and output" in str(bad)
     assert "4 empty rows left out" in data.summary()

@@ -235,14 +235,14 @@ def test_a_stream_that_gives_nothing_or_a_bad_row_says_so(byte_tokenizer, jsonl,
 
 def test_workers_share_what_is_replayed(byte_tokenizer, jsonl):
     train = jsonl("a.jsonl", [{"text": "t" * 8}] * 40)
-    replay = jsonl("b.jsonl", [{"text": chr(65 + number) * 8} for number in range(20)] + [{"text": " "}])
+    replay = jsonl("b.jsonl", [{"text": " "}] + [{"text": chr(65 + number) * 8} for number in range(20)])
     options = {"separator": "none", "block_size": 8, "replay_share": 0.2, "on_bad_rows": "report"}
     data = TextDataModule(byte_tokenizer, train, streaming=True, replay=replay, num_workers=2, batch_size=5, **options)
     data.setup("fit")
     with pytest.warns(UserWarning, match="1 empty row left out"):
         rows = [chr(row[0]) for batch in data.train_dataloader() for row in batch["input_ids"].tolist()]
     replayed = [row for row in rows if row != "t"]
-    assert (len(rows), len(replayed), len(set(replayed))) == (48, 8, 8)
+    assert (len(rows), len(replayed), len(set(replayed))) == (50, 10, 10)
     assert dict(data.bad_rows["train"].counts) == {"empty": 1}
 
 
