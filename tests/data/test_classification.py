@@ -204,12 +204,13 @@ def test_rows_are_compared_by_what_is_classified(byte_tokenizer, jsonl):
         data = set_up(ClassificationDataModule, byte_tokenizer, jsonl("b.jsonl", rows), max_similarity=0.8)
 
 
-def test_a_row_that_is_left_out_is_not_counted_as_cut_too(byte_tokenizer, jsonl):
-    path = jsonl("a.jsonl", [{"tokens": ["", "b"], "ner_tags": ["N", "O"]}, {"tokens": ["é"], "ner_tags": ["N"]}])
-    data = TokenClassificationDataModule(byte_tokenizer, path, on_bad_rows="report", max_length=1)
-    with pytest.warns(UserWarning, match="1 truncated row cut"):
+def test_a_row_that_is_left_out_is_not_counted_as_cut_too(bert_tokenizer, jsonl):
+    path = jsonl("a.jsonl", [{"tokens": ["a", "b"], "ner_tags": ["N", "O"]}])
+    data = TokenClassificationDataModule(bert_tokenizer, path, on_bad_rows="report", max_length=1)
+    message = "line 1 has no token with a label among its first 1"
+    with pytest.raises(ConfigError, match=message), pytest.warns(UserWarning, match=message):
         data.setup("fit")
-    assert dict(data.bad_rows["train"].counts) == {"truncated": 1}
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1}
 
 
 @torch.no_grad()
