@@ -74,6 +74,7 @@ def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise BadRowError("malformed", where, f"has a message without a role: {message!r}")
         if message.get("content") is None and not message.get("tool_calls"):
             raise BadRowError("malformed", where, f"has a message without content: {message!r}")
+    messages = [{**message, "content": _text_of(message, where)} for message in messages]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers or not all(message.get("tool_calls") or str(message["content"]).strip() for message in answers):
         raise BadRowError("empty", where, "has no answer of the assistant, or an empty one")
@@ -82,6 +83,19 @@ def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
         {name: value for name, value in message.items() if value is not None or name == "content"}
         for message in messages
     ]
+
+
+def _text_of(message: Mapping[str, Any], where: str) -> Any:
+    """Return the content of a message; that in parts, ``[{"type": "text", "text": "Hi"}]``, as one text."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        if content is None or isinstance(content, str) or message["role"] not in ("system", "user", "assistant"):
+            return content
+        raise BadRowError("malformed", where, f"has a {type(content).__name__} as the content of a message, not text")
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise BadRowError("malformed", where, f"has a message with a part that is no text: {part!r}")
+    return "".join(part["text"] for part in content)
 
 
 def tools_of(row: Row) -> list[Any]:

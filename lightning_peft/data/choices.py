@@ -85,7 +85,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
         label = self._right(choices, row)
         tokens = [self.encoded(question, choice, verbose=False) for choice in choices]
         longest = max((one["input_ids"] for one in tokens), key=len)
-        if self.cut(longest, self.max_length, row, bad_rows) < len(longest):
+        if len(longest) > self.max_length:
             # The answer is what the choices differ in, so the question is cut.
             only = {"truncation": "only_first", "max_length": self.max_length}
             try:
@@ -94,6 +94,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
                 raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens") from error
             if any(len(one["input_ids"]) > self.max_length for one in tokens):
                 raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens")
+            self.cut(longest, self.max_length, row, bad_rows)
         return {**{name: [one[name] for one in tokens] for name in tokens[0]}, "labels": label}
 
     def _right(self, choices: list[str], row: Row) -> int:

@@ -251,12 +251,16 @@ class TokenClassificationDataModule(LabelledDataModule):
         super().__init__(tokenizer, train, val, label_field=label_field, **options)
         if label_tokens not in ("first", "all"):
             raise ConfigError(f"TokenClassificationDataModule label_tokens must be first or all, got {label_tokens!r}")
-        self.words_field, self.label_tokens = words_field, label_tokens
+        self.words_field, self.label_tokens, self._glues = words_field, label_tokens, False
 
     @override
     def prepare(self) -> None:
         super().prepare()
         check_fast(self.loaded_tokenizer)
+        tokenizer = self.loaded_tokenizer
+        words, text = tokenizer(["a", "b"], is_split_into_words=True), tokenizer("a b")
+        # Those of GPT-2, RoBERTa and their like read words as one long word if nothing stands between them.
+        self._glues = words["input_ids"] != text["input_ids"]
 
     @override
     def text_of(self, row: Row) -> str:
@@ -287,6 +291,8 @@ class TokenClassificationDataModule(LabelledDataModule):
             found = f"{len(names)} labels" if isinstance(names, list) else f"a {type(names).__name__}"
             raise BadRowError("malformed", row.where, f"has {len(words)} words and {found} as {self.label_field!r}")
         numbers = [self.label_id(name, row) for name in names]
+        if self._glues:
+            words = [words[0], *(f" {word}" for word in words[1:])]
         encoded = self.loaded_tokenizer(words, is_split_into_words=True, verbose=False)
         ids, of = list(encoded["input_ids"]), encoded.word_ids()
         labels = [

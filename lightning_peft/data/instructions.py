@@ -73,8 +73,8 @@ class InstructionDataModule(TokenizedDataModule):
         completion: template of the answer, such as ``" {ref}"``.
         chat_template: file with the chat template, or the template itself, for a tokenizer without one.
         max_length: tokens of an example; longer ones are cut at the end, or refused: see ``on_bad_rows``.
-        add_bos: begin rows that no chat template writes with the bos token, where the tokenizer has one.
-        add_eos: end such rows with the eos token, where there is one, which is learned as part of the answer.
+        add_bos: begin rows that no chat template writes with the bos token, where the tokenizer has one and the prompt does not.
+        add_eos: end such rows with the eos token, where there is one and the answer does not, which is learned as part of it.
         packing: put several examples into one row of ``max_length`` tokens.
         document_mask: how examples in a packed row are kept apart. ``positions``: by ``position_ids`` that begin anew, from which
             the models of transformers make their masks. ``dense``: by a mask (batch, 1, longest, longest) as well, for models that do
@@ -180,9 +180,9 @@ class InstructionDataModule(TokenizedDataModule):
         ids, labels = list(encoded["input_ids"]), token_labels(encoded, [(len(prompt), len(text))])
         if all(label == IGNORED for label in labels):
             raise BadRowError("empty", row.where, "has an answer without tokens")
-        if self.add_bos and tokenizer.bos_token_id is not None:
+        if self.add_bos and ids[0] != tokenizer.bos_token_id is not None:
             ids, labels = [tokenizer.bos_token_id, *ids], [IGNORED, *labels]
-        if self.add_eos and tokenizer.eos_token_id is not None:
+        if self.add_eos and ids[-1] != tokenizer.eos_token_id is not None:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         return ids, labels
 

@@ -140,7 +140,7 @@ class TextDataModule(TokenizedDataModule):
     @override
     def examples(self, rows: Iterable[Row], name: str, trained: bool, bad_rows: BadRows) -> Iterator[Example]:
         limit = self.max_train_tokens if trained else self.max_val_tokens
-        packed = self._packed(rows, name, trained, limit)
+        packed = self._packed(rows, name, trained, limit, bad_rows)
         return self._with_replay(packed, bad_rows) if trained and self.replay is not None else packed
 
     @override
@@ -168,7 +168,9 @@ class TextDataModule(TokenizedDataModule):
 
     # -- packing ---------------------------------------------------------------------------------------------------
 
-    def _packed(self, rows: Iterable[Row], name: str, trained: bool, limit: int | None) -> Iterator[Example]:
+    def _packed(
+        self, rows: Iterable[Row], name: str, trained: bool, limit: int | None, bad_rows: BadRows
+    ) -> Iterator[Example]:
         """Yield full rows of the tokens of all documents, the first ``limit`` of them."""
         before, after = self._around()
         ids, starts, total, made = array("i"), array("b"), 0, 0
@@ -192,7 +194,7 @@ class TextDataModule(TokenizedDataModule):
         if not made and not self.streaming:
             raise ConfigError(
                 f"{self.source_of(name, trained)!r} gives {total} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
-                "lower block_size or give more text"
+                + (f"of its rows, {bad_rows}" if bad_rows.counts else "lower block_size or give more text")
             )
 
     def _row(self, ids: array[int], starts: array[int]) -> Example:
@@ -221,7 +223,7 @@ class TextDataModule(TokenizedDataModule):
         while True:
             # Bad rows are told of in the first round only.
             rows, any_made = self.read(_REPLAY, str(self.replay), bad_rows), False
-            for example in self._packed(rows, _REPLAY, True, None):
+            for example in self._packed(rows, _REPLAY, True, None, bad_rows):
                 any_made = True
                 yield example
             if not any_made:

@@ -69,7 +69,7 @@ def is_whole_text(row: Row) -> bool:
 
 
 def render(pieces: Pieces, template: str, row: Row) -> str:
-    """Return the text of a row by the pieces of a template; a value that is no text is written as JSON.
+    """Return the text of a row by the pieces of a template; numbers, lists and objects are written as JSON.
 
     Raises:
         BadRowError: the row lacks a field, or has nothing there (null).
@@ -91,7 +91,8 @@ def render(pieces: Pieces, template: str, row: Row) -> str:
             raise BadRowError(
                 "empty", row.where, f"has nothing (null) as {field!r}, which the template {template!r} names"
             )
-        text.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        plain = isinstance(value, (bool, int, float, list, dict))  # a .parquet has others, such as dates
+        text.append(json.dumps(value, ensure_ascii=False, default=str) if plain else str(value))
     return "".join(text)
 
 

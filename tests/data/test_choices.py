@@ -100,3 +100,13 @@ def test_questions_are_compared_with_their_choices(byte_tokenizer, jsonl):
     with pytest.warns(UserWarning, match="1 duplicate row left out: .* line 3 is nearly line 1"):
         data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_similarity=0.9, on_bad_rows="report")
     assert len(data._datasets["train", True]) == 2
+
+
+def test_a_row_that_is_left_out_is_not_counted_as_cut_too(byte_tokenizer, jsonl):
+    rows = [
+        {"question": "q", "choices": ["a" * 9, "b"], "label": 0},
+        {"question": "q", "choices": ["a", "b"], "label": 0},
+    ]
+    with pytest.warns(UserWarning, match="1 empty row left out"):
+        data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_length=6, on_bad_rows="report")
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1}

@@ -135,9 +135,9 @@ def test_words_and_labels_that_do_not_fit_are_told(byte_tokenizer, jsonl):
         data = set_up(TokenClassificationDataModule, byte_tokenizer, jsonl("a.jsonl", rows), on_bad_rows="report")
     assert dict(data.bad_rows["train"].counts) == {"malformed": 2, "empty": 1}
     (batch,) = data.train_dataloader()
-    assert batch["input_ids"].tolist() == [[*b"abc"]]
-    assert batch["labels"].tolist() == [[0, -100, 1]]
-    assert data.shown(data.first("train", 1)[0]) == [("a/N ", True), ("b ", False), ("c/O ", True)]
+    assert batch["input_ids"].tolist() == [[*b"ab c"]]
+    assert batch["labels"].tolist() == [[0, -100, 1, -100]]
+    assert data.shown(data.first("train", 1)[0]) == [("a/N ", True), ("b ", False), (" /O ", True), ("c ", False)]
     with pytest.raises(ConfigError, match="label_tokens must be first or all, got 'last'"):
         TokenClassificationDataModule("t", "a.jsonl", label_tokens="last")
 
@@ -232,3 +232,13 @@ def test_a_decoder_classifies_padded_rows_by_their_own_last_token(byte_tokenizer
     together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     alone = [model(input_ids=torch.tensor([list(text)])).logits for text in (b"abcdef", b"ab", b"c")]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", ["byte", "bert", "stories"])
+def test_words_are_read_as_they_are_in_a_text(byte_tokenizer, bert_tokenizer, stories, jsonl, kind):
+    folder = {"byte": byte_tokenizer, "bert": bert_tokenizer, "stories": stories}[kind]
+    words = ["a", "b", "c", "d"]
+    path = jsonl("a.jsonl", [{"tokens": words, "ner_tags": ["N", "O", "N", "O"]}])
+    example = set_up(TokenClassificationDataModule, folder, path).first("train", 1)[0]
+    assert example["input_ids"].tolist() == AutoTokenizer.from_pretrained(folder)("a b c d")["input_ids"]
+    assert [label for label in example["labels"].tolist() if label >= 0] == [0, 1, 0, 1]

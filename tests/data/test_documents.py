@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -114,3 +115,11 @@ def test_a_document_of_one_line_is_cut_between_words():
 def test_the_last_line_is_held_out_where_less_was_asked_for(end):
     text = "first line\nsecond line\nthird line" + end
     assert hold_out([text], 0.01) == (["first line\nsecond line\n"], ["third line" + end])
+
+
+def test_values_of_a_typed_file_are_written(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"day": [datetime.date(2020, 1, 2)], "n": [3]}), tmp_path / "a.parquet"
+    )
+    assert read_documents(str(tmp_path / "a.parquet"), "{day} {n}") == ["2020-01-02 3"]

@@ -282,3 +282,25 @@ def test_the_tools_of_a_row_are_in_its_text(byte_tokenizer, jsonl, chatml, marke
     for given, message in (("{", "has 'tools' that are not JSON"), ({"a": 1}, "has a dict as 'tools', not a list")):
         with pytest.raises(BadRowError, match=message):
             set_up(byte_tokenizer, jsonl("b.jsonl", [{"messages": talk, "tools": given}]), chat_template=template)
+
+
+def test_content_in_parts_is_one_text(byte_tokenizer, jsonl, chatml):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    talk = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": parts}]
+    image = [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}, talk[1]]
+    number = [{"role": "user", "content": 5}, talk[1]]
+    path = jsonl("a.jsonl", [{"messages": messages} for messages in (talk, image, number)])
+    with pytest.warns(
+        UserWarning, match="line 2 has a message with a part that is no text.*line 3 has a int as the content"
+    ):
+        data = set_up(byte_tokenizer, path, chat_template=chatml, on_bad_rows="report")
+    assert predicted(data) == ["Hello<|im_end|>\n"]
+    assert "user\nHi<|im_end|>" in data.shown(data.first("train", 1)[0])[0][0]
+
+
+def test_a_row_that_has_its_own_bos_and_eos_gets_no_others(byte_tokenizer, jsonl):
+    data = set_up(
+        byte_tokenizer,
+        jsonl("a.jsonl", [{"prompt": "<s>a", "completion": "b</s>"}, {"prompt": "a", "completion": "b"}]),
+    )
+    assert rows_of(data) == [([256, *b"ab", 257], [-100, -100, *b"b", 257])] * 2
