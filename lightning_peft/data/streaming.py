@@ -188,20 +188,23 @@ class StreamingDataLoader(DataLoader[Any]):
         if kept is not None:
             torch.set_rng_state(kept)
         idle, handed_out, report = 0, 0, self.module.bad_rows.setdefault("train", BadRows(self.module.on_bad_rows))
-        for batch, found in turns:
-            place.position += 1
-            if place.epoch == 0:  # the next ones find the same
-                report.merge(found)
-            if isinstance(batch, ConfigError):
-                raise batch
-            if batch is None:
-                idle += 1
-                if idle == max(1, self.num_workers):
-                    break
-                continue
-            idle, place.batches, handed_out = 0, place.batches + 1, handed_out + 1
-            place.loaded = place.loaded and handed_out == 1
-            yield batch
+        try:
+            for batch, found in turns:
+                place.position += 1
+                if place.epoch == 0:  # the next ones find the same
+                    report.merge(found)
+                if isinstance(batch, ConfigError):
+                    raise batch
+                if batch is None:
+                    idle += 1
+                    if idle == max(1, self.num_workers):
+                        break
+                    continue
+                idle, place.batches, handed_out = 0, place.batches + 1, handed_out + 1
+                place.loaded = place.loaded and handed_out == 1
+                yield batch
+        finally:
+            del turns  # its workers end here, and not when the trace of an error is forgotten
         place.finished = True
         if place.epoch == 0:
             report.warn(repr(self.module.source_of("train", True)))
