@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class LabelledDataModule(TokenizedDataModule):
             raise ConfigError(f"{type(self).__name__} labels must be different names, got {labels!r}")
         if labels is None and self.streaming:
             raise ConfigError("streaming=True never reads all rows, in which labels are found; give labels=")
-        self.label_field, self.max_length, self.label_names = label_field, max_length, list(labels or ())
+        self.label_field, self.max_length, self.label_names = label_field, max_length, list(map(str, labels or ()))
 
     @property
     def num_labels(self) -> int:
@@ -203,7 +204,7 @@ class ClassificationDataModule(LabelledDataModule):
     def _number(self, row: Row) -> float:
         value = row.field(self.label_field)
         try:
-            if is_number(value) or isinstance(value, str):
+            if (is_number(value) or isinstance(value, str)) and math.isfinite(float(value)):
                 return float(value)
         except ValueError:
             pass

@@ -26,7 +26,7 @@ class ImageFolderDataModule(RowsDataModule):
 
     Batches are ``{"pixel_values": (batch, 3, height, width), "labels": (batch,)}``. Images are opened once at the start, so that one that is
     none is told with its file, and read when a batch needs them. Rows are numbered in the order of the paths; files and folders whose
-    names begin with a dot are passed over.
+    names begin with a dot are passed over. Images are turned the way up that their camera says.
 
     Args:
         train: folder with a folder for each class.
@@ -155,11 +155,21 @@ class ImageCollator:
 def _read(file: str) -> Any:
     try:
         with _pillow().open(file) as image:
-            return image.convert("RGB")
+            return _as_seen(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(
             f"{file!r} ends before the image does, or was changed: {error}; take it out of the folder"
         ) from error
+
+
+def _as_seen(image: Any) -> Any:
+    """Return an image in RGB, the way up that its camera says; grey in 16 bits is scaled, which Pillow would cut off at 255."""
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        turned = turned.point(lambda value: value / 256).convert("L")
+    return turned.convert("RGB")
 
 
 def _folders(source: str) -> list[Path]:

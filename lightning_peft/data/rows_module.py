@@ -323,7 +323,7 @@ class RowsDataModule(LightningDataModule):
         self.prepare()
         name, trained = sets[name]
         if trained and self.streaming:
-            bad_rows = self.bad_rows.setdefault(name, BadRows(self.on_bad_rows))
+            bad_rows = self.bad_rows[name] = BadRows(self.on_bad_rows)
             return list(itertools.islice(self.examples(self.stream(bad_rows), name, True, bad_rows), count))
         if (name, trained) not in self._datasets:
             self._datasets[name, trained] = self._made(name, trained)

@@ -187,6 +187,8 @@ class StreamingDataLoader(DataLoader[Any]):
         turns = super().__iter__()
         if kept is not None:
             torch.set_rng_state(kept)
+        if place.epoch == 0:  # another loader, or a preview, may have counted them before
+            self.module.bad_rows["train"] = BadRows(self.module.on_bad_rows)
         idle, handed_out, report = 0, 0, self.module.bad_rows.setdefault("train", BadRows(self.module.on_bad_rows))
         try:
             for batch, found in turns:

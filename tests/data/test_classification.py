@@ -50,8 +50,9 @@ def test_labels_by_name_are_numbered_in_the_order_of_the_alphabet(data_dir, stor
 
 def test_pairs_and_numbers(byte_tokenizer, jsonl):
     rows = [{"a": "x", "b": "yz", "score": 2.5}, {"a": "x", "b": "y", "score": "4"}, {"a": "x", "b": "y", "score": [1]}]
+    rows.append({"a": "x", "b": "y", "score": "nan"})
     options = {"text_field": "a", "pair_field": "b", "label_field": "score", "regression": True}
-    with pytest.warns(UserWarning, match=r"line 3 has \[1\] as label, not a number"):
+    with pytest.warns(UserWarning, match=r"line 3 has \[1\] as label, not a number.*line 4 has 'nan'"):
         data = set_up(ClassificationDataModule, byte_tokenizer, jsonl("a.jsonl", rows), on_bad_rows="report", **options)
     (batch,) = data.train_dataloader()
     assert batch["labels"].tolist() == [2.5, 4.0]
@@ -165,6 +166,7 @@ def test_the_texts_of_a_pair_are_told_apart_as_the_tokenizer_does_it(bert_tokeni
         (None, [2.0, 0.0], ["0", "1", "2"], [2, 0]),
         (["no", "yes"], ["1", 0, "yes"], ["no", "yes"], [1, 0, 1]),
         (["1", "2", "3"], [1, "3", 2.0], ["1", "2", "3"], [0, 2, 1]),  # names, and not places among them
+        ([4, 5], [5, "4"], ["4", "5"], [1, 0]),
     ],
 )
 def test_a_number_is_the_label_that_it_names(byte_tokenizer, jsonl, labels, given, names, numbers):

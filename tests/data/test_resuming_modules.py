@@ -144,6 +144,11 @@ def test_bad_rows_of_a_stream_are_counted_once_whoever_reads_them(byte_tokenizer
             assert sum(len(batch["labels"]) for batch in loader) == 20
         assert sum(len(batch["labels"]) for batch in loader) == 20
         assert dict(data.bad_rows["train"].counts) == {"malformed": 2, "empty": 1}
+        assert len(data.first("train", 20)) == 20
+        assert len(data.first("train", 20)) == 20
+        with pytest.warns(UserWarning, match="2 malformed rows left out"):  # a second fit
+            list(data.train_dataloader())
+        assert dict(data.bad_rows["train"].counts) == {"malformed": 2, "empty": 1}
 
 
 def test_a_stream_is_not_resumed_in_another_order(data_dir, stories):
