@@ -22,7 +22,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
     """A question and some answers, one of which is right, for the ``ForMultipleChoice`` models of transformers.
 
     Batches are ``{"input_ids", "attention_mask"}``, each (batch, choices, longest), and ``labels`` (batch,); where the
-    tokenizer tells question and answer apart, as BERT's does, also ``token_type_ids``. All rows have as many choices.
+    tokenizer tells question and answer apart and the model takes that, as BERT does, also ``token_type_ids``. All rows have as many choices.
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
@@ -137,7 +137,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return ChoiceCollator(self.pad_id, dict(self.fillers)["token_type_ids"])
+        return ChoiceCollator(self.pad_id, dict(self.fillers)["token_type_ids"], self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
@@ -155,6 +155,7 @@ class ChoiceCollator:
 
     pad: int
     pad_type: int = 0
+    unused: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Return ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids`` (batch, choices, longest), and ``labels`` (batch,)."""
@@ -164,7 +165,7 @@ class ChoiceCollator:
 
         columns = {"input_ids": padded(rows("input_ids"), self.pad)}
         columns["attention_mask"] = padded([torch.ones_like(row) for row in rows("input_ids")], 0)
-        if "token_type_ids" in examples[0]:
+        if "token_type_ids" in examples[0].keys() - set(self.unused):
             columns["token_type_ids"] = padded(rows("token_type_ids"), self.pad_type)
         shape = (len(examples), len(examples[0]["input_ids"]), -1)
         labels = torch.tensor([int(example["labels"]) for example in examples])

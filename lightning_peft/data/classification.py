@@ -138,7 +138,7 @@ class ClassificationDataModule(LabelledDataModule):
     """Texts, or pairs of texts, with a label or a number.
 
     Batches are ``{"input_ids", "attention_mask"}``, each (batch, longest), and ``labels`` (batch,); where the tokenizer tells the texts of a
-    pair apart, as BERT's does, also ``token_type_ids`` (batch, longest).
+    pair apart and the model takes that, as BERT does, also ``token_type_ids`` (batch, longest).
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
@@ -175,8 +175,7 @@ class ClassificationDataModule(LabelledDataModule):
     @override
     def pad_id(self) -> int:
         """The id that the model takes for padding, where it says one: decoders classify by the last token before it."""
-        model: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
-        known = getattr(getattr(model, "config", None), "pad_token_id", None)
+        known = getattr(getattr(self.model, "config", None), "pad_token_id", None)
         return int(known) if isinstance(known, int) and known >= 0 else super().pad_id
 
     @override
@@ -212,7 +211,7 @@ class ClassificationDataModule(LabelledDataModule):
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return SequenceCollator(self.pad_id, self.fillers)
+        return SequenceCollator(self.pad_id, self.fillers, self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
@@ -307,7 +306,7 @@ class TokenClassificationDataModule(LabelledDataModule):
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return SequenceCollator(self.pad_id, self.fillers)
+        return SequenceCollator(self.pad_id, self.fillers, self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,6 +85,20 @@ class TokenizedDataModule(RowsDataModule):
         """Return ``input_ids`` of a text or a pair, and ``token_type_ids`` where the tokenizer gives them: which of both a token is of."""
         found = self.loaded_tokenizer(*texts, **options)
         return {name: found[name] for name in ("input_ids", "token_type_ids") if name in found}
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, where a trainer has one; None otherwise."""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        return getattr(model, "_orig_mod", model)  # of torch.compile
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns that the model does not take, although its tokenizer gives them."""
+        model = self.model
+        if model is None or "token_type_ids" in inspect.signature(model.forward).parameters:
+            return ()
+        return ("token_type_ids",)
 
     @property
     def fillers(self) -> tuple[tuple[str, int], ...]:

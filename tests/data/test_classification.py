@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from lightning_peft import ClassificationDataModule, TokenClassificationDataModule
@@ -19,6 +20,16 @@ def set_up(kind, *args, **options):
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def in_training(data, model):
+    """Tell a data module which model is trained, as a trainer does."""
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=model),
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": 1},
+        world_size=1,
+        limit_train_batches=1.0,
+    )
 
 
 def test_real_sentences_keep_their_text_and_label(data_dir, stories):
@@ -224,12 +235,7 @@ def test_a_decoder_classifies_padded_rows_by_their_own_last_token(byte_tokenizer
     model = LlamaForSequenceClassification(LlamaConfig(vocab_size=300, pad_token_id=299, **sizes)).eval()
     path = jsonl("a.jsonl", [{"text": text, "label": 0} for text in ("abcdef", "ab", "c")])
     data = set_up(ClassificationDataModule, byte_tokenizer, path)
-    data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(model=model),
-        distributed_sampler_kwargs={"rank": 0, "num_replicas": 1},
-        world_size=1,
-        limit_train_batches=1.0,
-    )
+    in_training(data, model)
     (batch,) = data.train_dataloader()
     together = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     alone = [model(input_ids=torch.tensor([list(text)])).logits for text in (b"abcdef", b"ab", b"c")]
@@ -244,3 +250,17 @@ def test_words_are_read_as_they_are_in_a_text(byte_tokenizer, bert_tokenizer, st
     example = set_up(TokenClassificationDataModule, folder, path).first("train", 1)[0]
     assert example["input_ids"].tolist() == AutoTokenizer.from_pretrained(folder)("a b c d")["input_ids"]
     assert [label for label in example["labels"].tolist() if label >= 0] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(("kind", "typed"), [("Bert", True), ("DistilBert", False)])
+def test_a_model_gets_the_types_of_tokens_that_it_takes(bert_tokenizer, jsonl, kind, typed):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    path = jsonl("a.jsonl", [{"text": "a", "pair": "b", "label": 0}])
+    data = set_up(ClassificationDataModule, bert_tokenizer, path, pair_field="pair")
+    in_training(data, model)
+    (batch,) = data.train_dataloader()
+    assert ("token_type_ids" in batch) == typed
+    assert model(**batch).logits.shape == (1, 2)
