@@ -148,7 +148,7 @@ def test_autocast_to_the_precision_of_the_layer_or_to_another(dtype, monkeypatch
         loss, gradients = train(model)
         assert bool(calls) == (dtype is torch.bfloat16)
         plain_loss, wanted = train(called)
-    assert torch.equal(loss, plain_loss)
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-3, atol=0)
     for name, gradient in gradients.items():
         assert (gradient - wanted[name]).norm() <= 2e-2 * wanted[name].norm()
 
@@ -416,7 +416,7 @@ def test_gradients_after_an_eval_pass_are_right_where_those_of_hf_peft_are_not()
 
 
 def test_fewer_bytes_at_a_time_and_kept_for_backward_than_hf_peft(paired):
-    batch = token_batch(rows=4, length=64)
+    batch = token_batch(rows=8, length=64)
     figures = []
     for model in beside_hf_peft():
         train(model, batch)
