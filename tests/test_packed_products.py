@@ -149,8 +149,8 @@ def test_autocast_to_the_precision_of_the_layer_or_to_another(dtype, monkeypatch
         assert bool(calls) == (dtype is torch.bfloat16)
         plain_loss, wanted = train(called)
     torch.testing.assert_close(loss, plain_loss, rtol=1e-3, atol=0)
-    for name, gradient in gradients.items():
-        assert (gradient - wanted[name]).norm() <= 2e-2 * wanted[name].norm()
+    for name, gradient in gradients.items():  # two ways of rounding to 16 bits
+        assert (gradient - wanted[name]).norm() <= 6e-2 * wanted[name].norm()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
