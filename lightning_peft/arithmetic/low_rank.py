@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.dropped_parts import dropped_part
+from lightning_peft.arithmetic.lean_linear import lean_forward
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -181,6 +182,7 @@ class LowRankLinear(LowRankAdapter):
         self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
         exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
         self._plain: type | None = type(module) if exact else None
+        self.own_update = type(self)._update is LowRankLinear._update
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:
@@ -204,6 +206,8 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+        if (y := lean_forward(self, base, x)) is not None:
+            return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -214,10 +218,14 @@ class LowRankLinear(LowRankAdapter):
 
     def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
         """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        held = self.weights_of(base)
+        return None if held is None else F.linear(x.reshape(-1, x.shape[-1]), *held)
+
+    def weights_of(self, base: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+        return base.weight.t() if self.transposed else base.weight, base.bias
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
