@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from lightning_peft.moe.mlp_parts import MLPParts
 from lightning_peft.registry import get_registry
 from lightning_peft.targets import matches
 
+_NORM: Final = "norm"
+_MLP: Final = "mlp"
 _EPS = ("variance_epsilon", "eps")
 
 
@@ -75,7 +77,7 @@ class FusedNorm(FusedForward):
         for one in self.module._parameters.values():
             if one is not None and (one.requires_grad or type(one) not in (nn.Parameter, Tensor)):
                 return "its weight is trained" if one.requires_grad else "its weight is split over processes"
-        return "it is an FSDP unit of its own" if hasattr(self.module, "unshard") else None
+        return "it is an FSDP unit of its own" if hasattr(type(self.module), "unshard") else None
 
 
 class FusedMLP(FusedForward):
@@ -151,9 +153,9 @@ def fuse_blocks(model: nn.Module) -> nn.Module:
         >>> torch.equal(fuse_blocks(model)(input_ids=ids, labels=ids).loss, plain)
         True
     """
-    for _, module, forward, _ in candidates(model):
-        if forward is not None:
-            module.__dict__["forward"] = forward
+    for one in candidates(model):
+        if one.forward is not None:
+            one.module.__dict__["forward"] = one.forward
     return model
 
 
@@ -165,28 +167,40 @@ def unfuse_blocks(model: nn.Module) -> nn.Module:
     return model
 
 
-def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, FusedForward | None, str]]:
-    """Yield path, module, its fused forward and, where there is none, why not, of every norm and MLP that the family of ``model`` names."""
+class Candidate(NamedTuple):
+    """A norm or an MLP of a model."""
+
+    path: str
+    """Its path in the model without adapters."""
+    kind: Literal["norm", "mlp"]
+    """What the family says it is."""
+    module: nn.Module
+    """The module of the base."""
+    forward: FusedForward | None
+    """The forward that keeps less, new or in its place already; None where there is none."""
+    why: str
+    """Why there is none."""
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """Yield every norm and MLP that the family of ``model`` names."""
     family = get_registry().resolve_family(model)
     norms, mlps = ({*matches(role, model, family)} if role in family.roles else set() for role in ("norm", "mlp"))
-    checked: dict[Any, str | None] = {}
+    checked: dict[type, str] = {}
     for path, found in base_modules(model):
         if path not in norms and path not in mlps:
             continue
-        module = unwrapped(found)
-        made_before = module.__dict__.get("forward")
-        if isinstance(made_before, FusedForward):
-            yield path, module, made_before, ""
-        elif made_before is not None:
-            yield path, module, None, "its forward was replaced"
-        else:
-            forward, why = _norm(module, family) if path in norms else _mlp(module)
+        module, kind = unwrapped(found), _NORM if path in norms else _MLP
+        forward, why = module.__dict__.get("forward"), ""
+        if forward is not None and not isinstance(forward, FusedForward):
+            forward, why = None, "its forward was replaced"
+        elif forward is None:
+            forward, why = _norm(module, family) if kind == _NORM else _mlp(module)
             if forward is not None:
-                key = (type(module), path in norms)
-                if key not in checked:
-                    checked[key] = _differs(module, forward, path)
-                why = checked[key] or ""
-            yield path, module, None if why else forward, why
+                if type(module) not in checked:
+                    checked[type(module)] = _differs(module, forward, path)
+                why = checked[type(module)]
+        yield Candidate(path, kind, module, None if why else forward, why)
 
 
 def _norm(module: nn.Module, family: ModelFamily) -> tuple[FusedForward | None, str]:
@@ -205,14 +219,14 @@ def _mlp(module: nn.Module) -> tuple[FusedForward | None, str]:
     if parts is None:
         return None, f"{type(module).__name__} is no MLP of a known kind"
     activation = getattr(module, parts.activation)
-    if isinstance(activation, nn.Module) and (any(True for _ in activation.parameters()) or activation.training is None):
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return None, "its activation has weights"
     return FusedMLP(module, parts), ""
 
 
 @torch.no_grad()
-def _differs(module: nn.Module, forward: FusedForward, path: str) -> str | None:
-    """Return what is wrong with ``forward`` for a class of modules; None where it gives what the module gives, or cannot be tried."""
+def _differs(module: nn.Module, forward: FusedForward, path: str) -> str:
+    """Return what is wrong with ``forward`` for a class of modules; nothing where it gives what the module gives, or cannot be tried."""
     if len(inspect.signature(module.forward).parameters) != 1:
         return f"{type(module).__name__} takes more than one argument"
     if isinstance(forward, FusedMLP):
@@ -220,14 +234,14 @@ def _differs(module: nn.Module, forward: FusedForward, path: str) -> str | None:
             forward.parts.check(module, path)
         except TargetError as error:
             return str(error)
-        return None
+        return ""
     assert isinstance(forward, FusedNorm)
     weight = next(iter(module.parameters(recurse=False)), None)
     if weight is None or weight.is_meta or type(weight) is not nn.Parameter:
-        return None
+        return ""
     x = torch.linspace(-2.0, 2.0, 2 * weight.numel(), device=weight.device).sin().view(2, -1).to(weight.dtype)
     wanted, found = module(x), forward.making.plain(x, *module.parameters(recurse=False))
     same = torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
-    return None if same else f"{type(module).__name__} computes something else than its family states"
+    return "" if same else f"{type(module).__name__} computes something else than its family states"
 
 
