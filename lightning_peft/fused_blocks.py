@@ -243,5 +243,3 @@ def _differs(module: nn.Module, forward: FusedForward, path: str) -> str:
     wanted, found = module(x), forward.making.plain(x, *module.parameters(recurse=False))
     same = torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
     return "" if same else f"{type(module).__name__} computes something else than its family states"
-
-

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +46,7 @@ class ComputePaths:
 
 
 def compute_paths(model: nn.Module) -> ComputePaths:
-    """Return which way each norm, MLP and adapted linear layer of ``model`` is computed in training, and why.
+    r"""Return which way each norm, MLP and adapted linear layer of ``model`` is computed in training, and why.
 
     It is the state of the moment: hooks, other active adapters or a compiled model change it.
 
@@ -60,7 +59,7 @@ def compute_paths(model: nn.Module) -> ComputePaths:
         >>> model = fuse_blocks(tiny_llama())
         >>> _ = inject(model, LoRA(rank=2), "model.layers.0.mlp.down_proj")
         >>> handle = model.get_submodule("model.layers.0.mlp.down_proj").base_layer.register_forward_hook(print)
-        >>> print("\\n".join(str(compute_paths(model)).splitlines()[:2]))
+        >>> print("\n".join(str(compute_paths(model)).splitlines()[:2]))
         model.layers.0.mlp                       mlp     fused
         model.layers.0.mlp.down_proj             linear  beside  somebody listens to the layer, so it is called
     """
@@ -116,5 +115,3 @@ def _linear(layer: AdapterLayer) -> tuple[Path, str]:
 
 
 _CALLED = "somebody listens to the layer, so it is called"
-
-

@@ -26,6 +26,26 @@ if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
 
+_FEW = 2**16
+"""Elements of input and output together below which a processor's products in 16 bits take longer to call than to compute."""
+
+
+def product_dtype(x: Tensor, y: Tensor) -> torch.dtype:
+    """Return the dtype that the thin products between x (tokens, in) and y (tokens, out) are computed in: that of ``y``, or float32 where that is faster."""
+    if y.dtype != torch.bfloat16 or y.device.type != "cpu" or torch.compiler.is_compiling():
+        return y.dtype
+    few = y.shape[0] * (x.shape[1] + y.shape[1]) <= _FEW and not torch.is_autocast_enabled("cpu")
+    return torch.float32 if few else y.dtype
+
+
+def add_product(y: Tensor, left: Tensor, right: Tensor, scale: float, *, in_place: bool) -> Tensor:
+    """Return ``y + scale * left @ right`` in the dtype of ``y``, of y (tokens, out), left (tokens, rank) and right (rank, out)."""
+    if left.dtype != y.dtype:
+        product = left @ right
+        return y.add_(product, alpha=scale) if in_place else torch.add(y, product, alpha=scale).to(y.dtype)
+    return y.addmm_(left, right, alpha=scale) if in_place else torch.addmm(y, left, right, alpha=scale)
+
+
 def why_not_lean(adapter: LowRankLinear) -> str | None:
     """Return why ``adapter`` keeps its input for backward in any case; None where it does only if it has to."""
     if not adapter.own_update:
@@ -83,8 +103,8 @@ class _LeanLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        A: Tensor,  # noqa: N803 - as in the formula
-        B: Tensor,  # noqa: N803
+        A: Tensor,
+        B: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         y: Tensor | None,
@@ -94,14 +114,12 @@ class _LeanLinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         out = F.linear(flat, weight, bias) if weight is not None else y.reshape(-1, y.shape[-1])  # type: ignore[union-attr]
-        dtype = out.dtype
-        mask = None
+        dtype, mask = product_dtype(flat, out), None
         if dropout:
             flat, mask = torch.native_dropout(flat, dropout, True)
         h = A.to(dtype) @ flat.to(dtype).t()  # (rank, tokens)
-        up = B.to(dtype)
-        out = out.addmm_(h.t(), up, alpha=scale) if y is None else torch.addmm(out, h.t(), up, alpha=scale)
-        ctx.scale, ctx.dropout, ctx.shape, ctx.dtype = scale, dropout, x.shape, x.dtype
+        out = add_product(out, h.t(), B.to(dtype), scale, in_place=y is None)
+        ctx.scale, ctx.dropout, ctx.shape, ctx.dtypes = scale, dropout, x.shape, (x.dtype, dtype)
         ctx.cell = None if recipe is None else recipe.cell
         ctx.save_for_backward(A, B, weight, h, mask, *((x,) if recipe is None else recipe.kept))
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -114,7 +132,8 @@ class _LeanLinear(torch.autograd.Function):
         need_y = ctx.needs_input_grad[5]
         again = torch.is_grad_enabled()  # backward is differentiated: by new tensors only
         dy = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
-        dtype = dy.dtype
+        into, dtype = ctx.dtypes
+        wide = dy.to(dtype)
         factor = 1.0 / (1.0 - ctx.dropout)
         down, up = A.to(dtype), B.to(dtype)
         flat = x = None
@@ -126,14 +145,14 @@ class _LeanLinear(torch.autograd.Function):
             h = down @ flat.t()  # type: ignore[union-attr]
         dx = dA = dB = None
         if need_B:
-            dB = ((h @ dy) * ctx.scale).to(B.dtype)
+            dB = ((h @ wide) * ctx.scale).to(B.dtype)
         if need_A or need_x:
-            dh = (up @ dy.t()) * ctx.scale  # (rank, tokens)
+            dh = (up @ wide.t()) * ctx.scale  # (rank, tokens)
             if need_A:
                 dA = (dh @ flat).to(A.dtype)
             if need_x:
                 dx = _to_input(dy, weight, dh, down, mask, factor, again=again)
-                dx = dx.view(ctx.shape).to(ctx.dtype)
+                dx = dx.view(ctx.shape).to(into)
         return dx, dA, dB, None, None, gradient if need_y else None, None, None, None
 
 
@@ -141,13 +160,12 @@ def _to_input(
     dy: Tensor, weight: Tensor | None, dh: Tensor, down: Tensor, mask: Tensor | None, factor: float, *, again: bool
 ) -> Tensor:
     """Return the gradient of the input (tokens, in) in the dtype of ``dy`` (tokens, out)."""
+    if mask is None and weight is not None:
+        dx = dy @ weight.to(dy.dtype)
+        return add_product(dx, dh.t(), down, 1.0, in_place=not again)
+    side = dh.t() @ down
     if mask is not None:
-        side = dh.t() @ down
         side = side * mask * factor if again else side.mul_(mask).mul_(factor)
-        if weight is None:
-            return side
-        return torch.addmm(side, dy, weight.to(dy.dtype)) if again else side.addmm_(dy, weight.to(dy.dtype))
     if weight is None:
-        return dh.t() @ down
-    dx = dy @ weight.to(dy.dtype)
-    return torch.addmm(dx, dh.t(), down) if again else dx.addmm_(dh.t(), down)
+        return side
+    return add_product(side.to(dy.dtype), dy, weight.to(dy.dtype), 1.0, in_place=not again)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.dropped_parts import dropped_part
-from lightning_peft.arithmetic.lean_linear import lean_forward
+from lightning_peft.arithmetic.lean_linear import add_product, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -252,12 +252,11 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
-        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
+        dtype = product_dtype(x, y)
+        A, B, x = (tensor.to(dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
-            if in_place:
-                return y.addmm_(h.t(), B, alpha=self.scaling)
-            return torch.addmm(y, h.t(), B, alpha=self.scaling)
+            return add_product(y, h.t(), B, self.scaling, in_place=in_place)
         y = y if in_place else y.clone()
         widths = [part.features for part in self.slices]
         for part, rows, columns in zip(
