@@ -1,8 +1,12 @@
 """What each layer of a model does is told, and what a fused block cannot serve takes another way with the same numbers."""
 
+import fnmatch
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_peft import (
     NF4,
@@ -16,6 +20,7 @@ from lightning_peft import (
     set_active_adapters,
 )
 from lightning_peft.arithmetic.recomputing import LayerNorm, made, recipe_of
+from lightning_peft.testing.sharding import _one_process
 from lightning_peft.testing.toys import tiny_gpt2, tiny_llama
 
 IDS = torch.randint(1, 128, (2, 8), generator=torch.Generator().manual_seed(1))
@@ -64,7 +69,9 @@ def test_hooks_on_the_base_layer_are_called():
     seen = []
     model.get_submodule(DOWN).base_layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
     assert_same(model)
-    assert len(seen) == 2
+    before = len(seen)
+    gradients(model)
+    assert len(seen) == before + 1
     path, why = path_of(model, DOWN)
     assert path == "beside"
     assert "listens" in why
@@ -135,6 +142,27 @@ def test_a_forward_that_somebody_replaced_and_a_norm_with_another_formula():
     assert_same(model)
     assert path_of(model, "model.layers.0.mlp") == ("plain", "its forward was replaced")
     assert "something else than its family states" in path_of(model, "model.layers.1.input_layernorm")[1]
+
+
+@pytest.mark.parametrize("units", ["*.mlp", "*norm", "*_proj", "model.layers.*"])
+def test_units_of_fsdp_that_cut_blocks(units):
+    model = adapted()
+    wanted = {name: one.clone() for (name, _), one in zip(trained(model), gradients(model), strict=True)}
+    fuse_blocks(model)
+    with _one_process():
+        mesh = init_device_mesh("cpu", (1,))
+        for path, module in list(model.named_modules()):
+            if fnmatch.fnmatch(path, units) and (units != "model.layers.*" or path.count(".") == 2):
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found = {name: one.grad.full_tensor() for name, one in trained(model)}
+    for name, one in wanted.items():
+        assert torch.allclose(found[name], one, rtol=1e-4, atol=1e-7)
+
+
+def trained(model):
+    return [(name, one) for name, one in model.named_parameters() if one.requires_grad]
 
 
 def test_a_tensor_that_was_written_to_is_kept_itself():

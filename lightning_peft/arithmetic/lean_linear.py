@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
 
+_WHOLE = (nn.Parameter, Tensor)
 _FEW = 2**16
 """Elements of input and output together below which a processor's products in 16 bits take longer to call than to compute."""
 
@@ -52,7 +53,7 @@ def why_not_lean(adapter: LowRankLinear) -> str | None:
         return f"{type(adapter).__name__} has an update of its own"
     if adapter.slices:
         return "the adapter acts on slices of a fused projection"
-    if adapter.input_part is not None or type(adapter.lora_A) is not nn.Parameter:
+    if adapter.input_part is not None or type(adapter.lora_A) not in _WHOLE:
         return "the adapter is split over processes"
     return None
 
@@ -67,8 +68,9 @@ def lean_forward(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor) ->
         return None
     if why_not_lean(adapter) is not None or transformed():
         return None
-    pair, scale = adapter.factors(), adapter.scaling
-    held = adapter.weights_of(base)
+    pair, scale, held = adapter.factors(), adapter.scaling, adapter.weights_of(base)
+    if held is not None and type(held[0]) not in _WHOLE:
+        return None
     if held is None or any(one is not None and one.requires_grad for one in held):
         return lean_update(x, base(x), pair, scale=scale, dropout=dropout, recipe=recipe)
     return lean_linear(x, *held, pair, scale=scale, dropout=dropout, recipe=recipe)
