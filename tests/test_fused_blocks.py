@@ -142,6 +142,7 @@ def test_the_error_in_16_bits_is_no_larger(autocast):
     assert 0 < errors[1] <= 1.02 * errors[0]
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_keeps_as_little_and_gives_the_same(reentrant):
     model = adapted()
@@ -208,6 +209,7 @@ def test_differentiating_twice():
             assert float((one - other).norm()) <= 1e-4 * float(one.norm())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # of decompositions
 def test_functions_of_torch_func_and_forward_mode_take_the_plain_path():
     model = fuse_blocks(adapted())
     model.set_attn_implementation("eager")
@@ -227,6 +229,7 @@ def test_functions_of_torch_func_and_forward_mode_take_the_plain_path():
     assert torch.allclose(slope, wanted[one].sum(), rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile asks for it
 def test_a_compiled_model_is_one_graph_and_takes_the_plain_path():
     model = adapted(targets=["query", "down"])
     wanted, gradients = run(model)

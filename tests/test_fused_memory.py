@@ -51,10 +51,10 @@ def kept(model, tokens):
 
 
 def per_token_and_layer(adapt, dtype):
-    """In units of hidden size times bytes of an element: the difference of one layer, and of 128 tokens, so that no constant counts."""
-    two, three = adapt(llama(2, dtype)), adapt(llama(3, dtype))
-    more, less = (kept(three, tokens) - kept(two, tokens) for tokens in (256, 128))
-    return (more - less) / 128 / HIDDEN / dtype.itemsize
+    """In units of hidden size times bytes of an element: the difference of one layer, and of 64 tokens, so that no constant counts."""
+    one, two = adapt(llama(1, dtype)), adapt(llama(2, dtype))
+    more, less = (kept(two, tokens) - kept(one, tokens) for tokens in (160, 96))
+    return (more - less) / 64 / HIDDEN / dtype.itemsize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -80,4 +80,4 @@ def test_peak_of_a_step_with_dropout(fused):
     peaks = []
     for model in (theirs(llama(2, torch.float32, 1000), 0.05), ours(llama(2, torch.float32, 1000), 0.05, fused)):
         peaks.append(peak_bytes(lambda model=model: model(input_ids=ids, labels=ids).loss.backward()))
-    assert peaks[1] <= (0.55 if fused else 0.73) * peaks[0]
+    assert peaks[1] <= (0.6 if fused else 0.73) * peaks[0]

@@ -6,7 +6,7 @@ import torch
 
 from lightning_peft import CausalLMLoader, LoRA, fuse_blocks, inject
 
-STEPS = 14
+STEPS = 11
 
 
 def run(folder, ids, dtype):
@@ -19,7 +19,7 @@ def run(folder, ids, dtype):
     optimizer = torch.optim.AdamW(trained, lr=5e-3)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(STEPS):
-        starts = torch.randint(0, len(ids) - 120, (6,), generator=generator)
+        starts = torch.randint(0, len(ids) - 120, (5,), generator=generator)
         batch = torch.stack([ids[start : start + 120] for start in starts])  # enough tokens for products in bfloat16
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()

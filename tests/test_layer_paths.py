@@ -144,6 +144,7 @@ def test_a_forward_that_somebody_replaced_and_a_norm_with_another_formula():
     assert "something else than its family states" in path_of(model, "model.layers.1.input_layernorm")[1]
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
 @pytest.mark.parametrize("units", ["*.mlp", "*norm", "*_proj", "model.layers.*"])
 def test_units_of_fsdp_that_cut_blocks(units):
     model = adapted()

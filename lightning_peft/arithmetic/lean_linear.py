@@ -124,7 +124,7 @@ class _LeanLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout, ctx.shape, ctx.dtypes = scale, dropout, x.shape, (x.dtype, dtype)
         ctx.cell = None if recipe is None else recipe.cell
         ctx.save_for_backward(A, B, weight, h, mask, *((x,) if recipe is None else recipe.kept))
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))  # fresh, and no view for autograd
 
     @staticmethod
     @override
