@@ -190,10 +190,12 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
     for path, found in base_modules(model):
         if path not in norms and path not in mlps:
             continue
-        module, kind = unwrapped(found), _NORM if path in norms else _MLP
-        forward, why = module.__dict__.get("forward"), ""
-        if forward is not None and not isinstance(forward, FusedForward):
-            forward, why = None, "its forward was replaced"
+        module = unwrapped(found)
+        kind: Literal["norm", "mlp"] = _NORM if path in norms else _MLP
+        present, why = module.__dict__.get("forward"), ""
+        forward: FusedForward | None = present if isinstance(present, FusedForward) else None
+        if present is not None and forward is None:
+            why = "its forward was replaced"
         elif forward is None:
             forward, why = _norm(module, family) if kind == _NORM else _mlp(module)
             if forward is not None:
@@ -205,7 +207,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 
 def _norm(module: nn.Module, family: ModelFamily) -> tuple[FusedForward | None, str]:
     if type(module) is nn.LayerNorm:
-        if len(module.normalized_shape) == 1 and (module.weight is not None or module.bias is None):
+        given = [name for name, one in module._parameters.items() if one is not None]
+        if len(module.normalized_shape) == 1 and given != ["bias"]:
             return FusedNorm(module, LayerNorm(module.eps)), ""
         return None, "a LayerNorm over several dimensions, or with a bias and no weight"
     eps = next((getattr(module, name) for name in _EPS if isinstance(getattr(module, name, None), float)), None)

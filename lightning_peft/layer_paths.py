@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_peft.adapter_layer import AdapterLayer, base_modules
 from lightning_peft.arithmetic.lean_linear import why_not_lean
 from lightning_peft.arithmetic.low_rank import LowRankLinear
-from lightning_peft.fused_blocks import Candidate, candidates
+from lightning_peft.fused_blocks import Candidate, FusedForward, candidates
 from lightning_peft.targets import is_linear
 
 Path = Literal["fused", "lean", "beside", "plain"]
@@ -71,8 +71,9 @@ def compute_paths(model: nn.Module) -> ComputePaths:
             why = _COMPILED if id(module) in compiled else _why_not(block)
             rows.append(ComputePath(place, block.kind, "plain" if why else "fused", why))
         if isinstance(module, AdapterLayer) and is_linear(module.base_layer):
-            found = ("plain", _COMPILED) if id(module) in compiled else _linear(module)
-            rows.append(ComputePath(place, "linear", *found))
+            path, why = _linear(module)
+            compiles = id(module) in compiled
+            rows.append(ComputePath(place, "linear", "plain" if compiles else path, _COMPILED if compiles else why))
     return ComputePaths(tuple(rows))
 
 
@@ -84,11 +85,11 @@ def _compiled(module: nn.Module) -> bool:
 
 
 def _why_not(block: Candidate) -> str:
-    if block.forward is None:
+    forward = block.forward
+    if forward is None:
         return block.why
-    if block.module.__dict__.get("forward") is not block.forward:
-        return "fuse_blocks was not called"
-    return block.forward.why_not() or ""
+    present = isinstance(block.module.__dict__.get("forward"), FusedForward)
+    return (forward.why_not() or "") if present else "fuse_blocks was not called"
 
 
 def _linear(layer: AdapterLayer) -> tuple[Path, str]:
@@ -104,11 +105,15 @@ def _linear(layer: AdapterLayer) -> tuple[Path, str]:
             return "plain", why
     if others:
         return "beside", f"{len(layer._stack)} adapters act"
+    assert isinstance(first, LowRankLinear)
     base = layer.base_layer
-    held = first.weights_of(base)  # type: ignore[operator]
+    held = first.weights_of(base)
     if held is None:
-        kind = type(base).__name__
-        return "beside", _CALLED if first._plain is type(base) else f"the weight of {kind} is not one matrix of numbers"
+        kind = base.__class__
+        return (
+            "beside",
+            _CALLED if kind is first._plain else f"the weight of {kind.__name__} is not one matrix of numbers",
+        )
     if any(one is not None and one.requires_grad for one in held):
         return "beside", "the weight of the layer is trained too"
     return "lean", ""

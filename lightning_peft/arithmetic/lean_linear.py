@@ -56,7 +56,7 @@ def thin_product(thin: Tensor, wide: Tensor) -> Tensor:
     tokens, features = wide.shape
     if features < _MANY or tokens % _PIECE or wide.dtype != torch.float32 or wide.device.type != "cpu":
         return thin @ wide.t()
-    pieces = wide.unflatten(0, (-1, _PIECE))
+    pieces = wide.reshape(-1, _PIECE, features)
     parts = torch.bmm(thin.expand(len(pieces), *thin.shape), pieces.transpose(1, 2))  # (pieces, rank, tokens of one)
     return parts.transpose(0, 1).reshape(thin.shape[0], tokens)
 
@@ -116,7 +116,7 @@ def lean_update(
 class _LeanLinear(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         A: Tensor,
@@ -138,11 +138,14 @@ class _LeanLinear(torch.autograd.Function):
         ctx.scale, ctx.dropout, ctx.shape, ctx.dtypes = scale, dropout, x.shape, (x.dtype, dtype)
         ctx.cell = None if recipe is None else recipe.cell
         ctx.save_for_backward(A, B, weight, h, mask, *((x,) if recipe is None else recipe.kept))
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))  # fresh, and no view for autograd
+        shaped: Tensor = torch.ops.aten._unsafe_view(
+            out, (*x.shape[:-1], out.shape[-1])
+        )  # fresh, and no view for autograd
+        return shaped
 
     @staticmethod
     @override
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         A, B, weight, h, mask, *kept = ctx.saved_tensors
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         need_y = ctx.needs_input_grad[5]

@@ -119,7 +119,7 @@ def transformed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -135,7 +135,7 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     @override
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Any:
         cell: Cell = ctx.cell  # type: ignore[attr-defined]
         kept: Kept = ctx.saved_tensors  # type: ignore[attr-defined]
         if torch.is_grad_enabled():
