@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic.dropped_parts import drawn_mask, masked
 from lightning_peft.arithmetic.recomputing import Recipe, recipe_of, transformed
 
 if TYPE_CHECKING:
@@ -132,10 +133,11 @@ class _LeanLinear(torch.autograd.Function):
         out = F.linear(flat, weight, bias) if weight is not None else y.reshape(-1, y.shape[-1])  # type: ignore[union-attr]
         dtype, mask = product_dtype(flat, out), None
         if dropout:
-            flat, mask = torch.native_dropout(flat, dropout, True)
+            mask, factor = drawn_mask(flat.shape, dropout, flat.device)
+            flat, scale = masked(flat, mask), scale * factor
         h = thin_product(A.to(dtype), flat.to(dtype))  # (rank, tokens)
         out = add_product(out, h.t(), B.to(dtype), scale, in_place=y is None)
-        ctx.scale, ctx.dropout, ctx.shape, ctx.dtypes = scale, dropout, x.shape, (x.dtype, dtype)
+        ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, dtype)
         ctx.cell = None if recipe is None else recipe.cell
         ctx.save_for_backward(A, B, weight, h, mask, *((x,) if recipe is None else recipe.kept))
         shaped: Tensor = torch.ops.aten._unsafe_view(
@@ -153,13 +155,12 @@ class _LeanLinear(torch.autograd.Function):
         dy = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
         into, dtype = ctx.dtypes
         wide = dy.to(dtype)
-        factor = 1.0 / (1.0 - ctx.dropout)
         down, up = A.to(dtype), B.to(dtype)
         flat = x = None
         if need_A or again:
             x = kept[0] if ctx.cell is None else ctx.cell.get(tuple(kept))
             flat = x.reshape(-1, x.shape[-1])
-            flat = (flat if mask is None else flat * mask * factor).to(dtype)
+            flat = (flat if mask is None else masked(flat, mask)).to(dtype)
         if again:
             h = down @ flat.t()  # type: ignore[union-attr]
         dx = dA = dB = None
@@ -169,14 +170,15 @@ class _LeanLinear(torch.autograd.Function):
             dh = thin_product(up, wide) * ctx.scale  # (rank, tokens)
             if need_A:
                 dA = (dh @ flat).to(A.dtype)
+                flat = None  # with dropout a copy, and not needed any more
             if need_x:
-                dx = _to_input(dy, weight, dh, down, mask, factor, again=again)
+                dx = _to_input(dy, weight, dh, down, mask, again=again)
                 dx = dx.view(ctx.shape).to(into)
         return dx, dA, dB, None, None, gradient if need_y else None, None, None, None
 
 
 def _to_input(
-    dy: Tensor, weight: Tensor | None, dh: Tensor, down: Tensor, mask: Tensor | None, factor: float, *, again: bool
+    dy: Tensor, weight: Tensor | None, dh: Tensor, down: Tensor, mask: Tensor | None, *, again: bool
 ) -> Tensor:
     """Return the gradient of the input (tokens, in) in the dtype of ``dy`` (tokens, out)."""
     if mask is None and weight is not None:
@@ -184,7 +186,7 @@ def _to_input(
         return add_product(dx, dh.t(), down, 1.0, in_place=not again)
     side = dh.t() @ down
     if mask is not None:
-        side = side * mask * factor if again else side.mul_(mask).mul_(factor)
+        side = masked(side, mask) if again else side.mul_(mask)
     if weight is None:
         return side
     return add_product(side.to(dy.dtype), dy, weight.to(dy.dtype), 1.0, in_place=not again)
