@@ -2,7 +2,7 @@
 
 A linear layer's B is held transposed, (rank, out): with ``h = A x^T`` held as (rank, tokens), every thin product of
 forward and backward then meets the matrix library in its fast layout. Files hold the usual (out, rank). The input is
-never copied to the dtype of the adapter; the small matrices are cast to the dtype of the output instead.
+never copied to the dtype of the adapter, but for few tokens (``product_dtype``); the small matrices are cast to that of the output instead.
 """
 
 from __future__ import annotations
