@@ -2,7 +2,7 @@
 
 A linear layer's B is held transposed, (rank, out): with ``h = A x^T`` held as (rank, tokens), every thin product of
 forward and backward then meets the matrix library in its fast layout. Files hold the usual (out, rank). The input is
-never copied to the dtype of the adapter; the small matrices are cast to the dtype of the output instead.
+never copied to the dtype of the adapter, but for few tokens (``product_dtype``); the small matrices are cast to that of the output instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.dropped_parts import dropped_part
+from lightning_peft.arithmetic.lean_linear import add_product, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -183,6 +184,7 @@ class LowRankLinear(LowRankAdapter):
         exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
         self._plain: type | None = type(module) if exact else None
         self._unpacking = unpacking_product(module)
+        self.own_update = type(self)._update is LowRankLinear._update
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:
@@ -206,6 +208,8 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+        if (y := lean_forward(self, base, x)) is not None:
+            return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -218,10 +222,14 @@ class LowRankLinear(LowRankAdapter):
         """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
         if self._unpacking is not None:
             return None if not isinstance(base, nn.Module) or _hooked(base) else self._unpacking(base, x)
+        held = self.weights_of(base)
+        return None if held is None else F.linear(x.reshape(-1, x.shape[-1]), *held)
+
+    def weights_of(self, base: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+        return base.weight.t() if self.transposed else base.weight, base.bias  # type: ignore[attr-defined]
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
@@ -248,12 +256,11 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
-        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
+        dtype = product_dtype(x, y)
+        A, B, x = (tensor.to(dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
-            if in_place:
-                return y.addmm_(h.t(), B, alpha=self.scaling)
-            return torch.addmm(y, h.t(), B, alpha=self.scaling)
+            return add_product(y, h.t(), B, self.scaling, in_place=in_place)
         y = y if in_place else y.clone()
         widths = [part.features for part in self.slices]
         for part, rows, columns in zip(
