@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.arithmetic.dropped_parts import dropped_part
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
@@ -204,6 +205,8 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+        if gpu_low_rank.reached(x) and (y := gpu_low_rank.layer_and_update(self, base, x)) is not None:
+            return self.add_bias(y).view(*x.shape[:-1], y.shape[-1])
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -212,12 +215,12 @@ class LowRankLinear(LowRankAdapter):
         y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), in_place=False).view(y.shape)
         return self.add_bias(y)
 
-    def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
-        """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+    def computed(self, base: Callable[..., Any], x: Tensor, linear: Callable[..., Any] = F.linear) -> Tensor | None:
+        """Return what ``base`` makes of x (..., in) by ``linear``, a new (tokens, out); None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
         weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+        return linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined, no-any-return]
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
@@ -244,7 +247,10 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
-        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
+        A, B = self.factors()
+        if gpu_low_rank.reached(x) and not self.slices and gpu_low_rank.refusal(x, y.dtype, A, B) is None:
+            return gpu_low_rank.added(y, x, A, B, self.scaling, in_place=in_place)
+        A, B, x = (tensor.to(y.dtype) for tensor in (A, B, x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
             if in_place:
