@@ -45,35 +45,44 @@ def _jit(kernel: Any) -> Any:
 
 
 @_jit
-def _dot(one: Any, other: Any, total: Any, WIDE: tl.constexpr) -> Any:
-    """Return total + one @ other, summed in float32; WIDE for the interpreter, which cannot multiply bfloat16."""
-    if WIDE:
+def _dot(one: tl.tensor, other: tl.tensor, total: tl.tensor, INTERPRETED: tl.constexpr) -> Any:
+    """Return total + one @ other, summed in float32. The interpreter takes the bits of bfloat16 for integers here."""
+    if INTERPRETED:
         one, other = one.to(tl.float32), other.to(tl.float32)
     return tl.dot(one, other, total, input_precision="ieee")
 
 
 @_jit
+def _rounded(value: tl.tensor, dtype: tl.constexpr, INTERPRETED: tl.constexpr) -> Any:
+    """Return value in dtype, rounded to the nearest even number. The interpreter cuts bfloat16 off; a GPU does not."""
+    if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:
+        bits = value.to(tl.uint32, bitcast=True)
+        value = (bits + (0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@_jit
 def _add_kernel(
-    x: Any,
-    down: Any,
-    up: Any,
-    y: Any,
-    out: Any,
-    thin: Any,
-    index: Any,
-    tokens: Any,
-    width_in: Any,
-    width_out: Any,
-    rank: Any,
-    part: Any,
-    scale: Any,
+    x: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    y: tl.tensor,
+    out: tl.tensor,
+    thin: tl.tensor,
+    index: tl.tensor,
+    tokens: tl.tensor,
+    width_in: tl.tensor,
+    width_out: tl.tensor,
+    rank: tl.tensor,
+    part: tl.tensor,
+    scale: tl.tensor,
     ROWS: tl.constexpr,
     READ: tl.constexpr,
     TOKENS: tl.constexpr,
     INS: tl.constexpr,
     OUTS: tl.constexpr,
     RANK: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     """Make ``part`` features of some tokens of one row; every program of these tokens multiplies x with ``down`` anew."""
     blocks = tl.cdiv(tokens, TOKENS)
@@ -91,8 +100,8 @@ def _add_kernel(
         i = (start + tl.arange(0, INS))[None, :]
         xs = tl.load(x + place * width_in + i, mask=here & (i < width_in), other=0.0)
         a = tl.load(down + (matrix + r[:, None]) * width_in + i, mask=ranks & (i < width_in), other=0.0)
-        h = _dot(xs, tl.trans(a.to(xs.dtype)), h, WIDE)
-    narrow = h.to(thin.dtype.element_ty)
+        h = _dot(xs, tl.trans(_rounded(a, xs.dtype, INTERPRETED)), h, INTERPRETED)
+    narrow = _rounded(h, thin.dtype.element_ty, INTERPRETED)
     if tl.program_id(1) == 0:
         tl.store(thin + place * rank + r[None, :], narrow, mask=here & (r < rank)[None, :])
     first = tl.program_id(1) * part
@@ -100,29 +109,30 @@ def _add_kernel(
         o = (start + tl.arange(0, OUTS))[None, :]
         inside = here & (o < width_out)
         b = tl.load(up + (matrix + r[:, None]) * width_out + o, mask=ranks & (o < width_out), other=0.0)
-        update = scale * _dot(narrow, b.to(narrow.dtype), tl.zeros((TOKENS, OUTS), dtype=tl.float32), WIDE)
+        b = _rounded(b, narrow.dtype, INTERPRETED)
+        update = scale * _dot(narrow, b, tl.zeros((TOKENS, OUTS), dtype=tl.float32), INTERPRETED)
         if READ:
             before = tl.load(y + place * width_out + o, mask=inside, other=0.0)
             update = tl.where(adapter < 0, before.to(tl.float32), before.to(tl.float32) + update)
-        tl.store(out + place * width_out + o, update.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place * width_out + o, _rounded(update, out.dtype.element_ty, INTERPRETED), mask=inside)
 
 
 @_jit
 def _outer_kernel(
-    thin: Any,
-    wide: Any,
-    grad: Any,
-    index: Any,
-    rows: Any,
-    tokens: Any,
-    width: Any,
-    rank: Any,
-    scale: Any,
+    thin: tl.tensor,
+    wide: tl.tensor,
+    grad: tl.tensor,
+    index: tl.tensor,
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    width: tl.tensor,
+    rank: tl.tensor,
+    scale: tl.tensor,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
-    WIDE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     """Make some columns of the gradient of one adapter, over all tokens of its rows in their order."""
     adapter = tl.program_id(1)
@@ -139,9 +149,9 @@ def _outer_kernel(
             here = (t < tokens)[:, None]
             h = tl.load(thin + place * rank + r[None, :], mask=here & (r < rank)[None, :], other=0.0)
             w = tl.load(wide + place * width + c, mask=here & (c < width), other=0.0)
-            total = _dot(tl.trans(h), w, total, WIDE)
+            total = _dot(tl.trans(h), w, total, INTERPRETED)
     at = grad + (adapter.to(tl.int64) * rank + r[:, None]) * width + c
-    tl.store(at, (scale * total).to(grad.dtype.element_ty), mask=(r < rank)[:, None] & (c < width))
+    tl.store(at, _rounded(scale * total, grad.dtype.element_ty, INTERPRETED), mask=(r < rank)[:, None] & (c < width))
 
 
 class _Tiles(NamedTuple):
@@ -243,7 +253,7 @@ def add(
             INS=t.ins,
             OUTS=t.outs,
             RANK=t.rank,
-            WIDE=_interpreted(),
+            INTERPRETED=_interpreted(),
         )
     return thin
 
@@ -280,7 +290,7 @@ def outer(
             TOKENS=64 if total // rows > 32 else 32,
             COLUMNS=columns,
             RANK=lines,
-            WIDE=_interpreted(),
+            INTERPRETED=_interpreted(),
         )
     return grad[0] if index is None else grad
 
