@@ -4,7 +4,8 @@
 
     y[r] = W x[r] + s_r B_r A_r x[r]        x: (rows, tokens, in)
 
-The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of four ways:
+The base runs once, on all rows; those without an adapter stay the base bit for bit. On a GPU one kernel can make all updates, see
+``gpu_low_rank``. Else they come in one of four ways:
 
     products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU; neighbours
                                                        of one adapter are one longer row where that works out for all
@@ -50,10 +51,10 @@ _Batch: TypeAlias = tuple[int, int, int, int, int]
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     """Return y (..., out) for x (..., in), whose first dimension holds the rows of the batch, each the same number of times."""
-    if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _into(base, rows, x)
     if gpu_low_rank.reached(x) and (y := gpu_low_rank.rows_and_updates(base, rows, x)) is not None:
         return y
+    if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _into(base, rows, x)
     return _products(base, rows, x)
 
 

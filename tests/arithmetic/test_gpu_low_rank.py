@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_peft import LoRA, LoRAFA, PEFTModule, QLoRA, adapter_rows, inject
+from lightning_peft import LoRA, LoRAFA, QLoRA, adapter_rows, inject
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.errors import ConfigError
 from lightning_peft.testing import tiny_llama, token_batch
@@ -52,7 +52,7 @@ def tensors(dtype, tokens, width_in, width_out, rank, index=None):
     return [one.to(DEVICE) for one in (x, W, b, A, B, direction)]
 
 
-def plainly(dtype, scale, index, x, W, b, A, B, direction):
+def plainly(dtype, scale, index, x, W, b, A, B, direction):  # noqa: N803 - as in the formula
     """Return y, dx, dA and dB of torch's own operations in ``dtype``; in float64 the matrices are those that the dtype of x has room for."""
     masters = [one.to(x.dtype).double() if dtype == torch.float64 else one.clone() for one in (A, B)]
     x, W, b, direction = (one.to(dtype) for one in (x, W, b, direction))
@@ -71,7 +71,7 @@ def plainly(dtype, scale, index, x, W, b, A, B, direction):
     return [y.detach(), x.grad, *(one.grad for one in masters)]
 
 
-def by_kernels(form, scale, index, x, W, b, A, B, direction):
+def by_kernels(form, scale, index, x, W, b, A, B, direction):  # noqa: N803 - as in the formula
     x, A, B = (one.detach().clone().requires_grad_() for one in (x, A, B))
     at = None if index is None else torch.tensor(index, device=DEVICE)
     if form == "layer":
@@ -104,7 +104,7 @@ def test_in_bfloat16_they_are_no_further_from_float64_than_the_plain_path(kernel
     wanted = plainly(torch.float64, 2.0, None, *given)
     plain = plainly(torch.bfloat16, 2.0, None, *given)
     found = by_kernels(form, 2.0, None, *given)
-    for name, mine, theirs, right in zip("y dx dA dB".split(), found, plain, wanted, strict=True):
+    for name, mine, theirs, right in zip(["y", "dx", "dA", "dB"], found, plain, wanted, strict=True):
         assert distance(mine, right) <= 1.02 * distance(theirs, right), (
             name
         )  # of the same rounding of h and of the result
@@ -152,10 +152,10 @@ def test_no_tokens(kernels):
 # -- in models ---------------------------------------------------------------------------------------------------------
 
 
-def adapted(method, dtype=torch.bfloat16, names=("default",)):
+def adapted(method, dtype=torch.bfloat16, names=("default",), targets="query"):
     model = tiny_llama().to(DEVICE, dtype)
     for number, name in enumerate(names):
-        inject(model, method, "all_linear", name=name)
+        inject(model, method, targets, name=name)
         torch.manual_seed(number)
         for path, parameter in model.named_parameters():
             if f".{name}." in path and parameter.requires_grad:
@@ -186,20 +186,20 @@ def same_step(model, kernels, expected, around=None):
 
 @needs_triton
 def test_a_step_of_lora_takes_them_at_every_layer(kernels):
-    same_step(adapted(LoRA(rank=4)), kernels, (28, 28))  # two layers of seven linear layers each
+    same_step(adapted(LoRA(rank=4), targets="all_linear"), kernels, (28, 28))  # two layers of seven linear layers each
 
 
 @needs_triton
 def test_dropout_and_a_packed_base_take_the_update_alone(kernels):
     model = adapted(LoRA(rank=4, dropout=0.5)).eval()
-    same_step(model, kernels, (28, 28))
+    same_step(model, kernels, (4, 4))
     gpu_low_rank.asked = True
     del kernels[:]
     model.train()
     step(model)
-    assert (kernels.count("add"), kernels.count("outer")) == (28, 28)
+    assert (kernels.count("add"), kernels.count("outer")) == (4, 4)
     del kernels[:]
-    same_step(adapted(QLoRA(rank=4, compute_dtype="bfloat16")), kernels, (28, 28))
+    same_step(adapted(QLoRA(rank=4, compute_dtype="bfloat16")), kernels, (4, 4))
 
 
 @needs_triton
@@ -207,7 +207,7 @@ def test_autocast_takes_them_too(kernels):
     same_step(
         adapted(LoRA(rank=4), torch.float32),
         kernels,
-        (28, 28),
+        (4, 4),
         lambda: torch.autocast(DEVICE, torch.bfloat16),
     )
 
@@ -215,7 +215,7 @@ def test_autocast_takes_them_too(kernels):
 @needs_triton
 def test_rows_take_them(kernels):
     model = adapted(LoRA(rank=4), names=("a", "b"))
-    same_step(model, kernels, (28, 28), lambda: adapter_rows(model, ["b", None, "a"]))
+    same_step(model, kernels, (4, 4), lambda: adapter_rows(model, ["b", None, "a"]))
 
 
 @needs_triton
@@ -245,6 +245,9 @@ def test_slices_and_trained_weights_take_the_plain_path(kernels):
 
 @needs_triton
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap on the plain path
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # what torch's forward mode begins with
 def test_torch_func_and_forward_mode_take_the_plain_path(kernels):
     layer = torch.nn.Sequential(torch.nn.Linear(16, 24, device=DEVICE, dtype=torch.bfloat16))
     inject(layer, LoRA(rank=2), "0")
@@ -294,31 +297,28 @@ def test_second_derivatives_are_those_of_the_formula(kernels, form, index):
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # what torch 2.13 compiles Functions with
 def test_compiled_without_a_break_they_are_in_the_graph(kernels):
-    model = adapted(LoRA(rank=4))
-    layer = model.model.layers[0].mlp
-    x = torch.randn(2, 5, layer.gate_proj.base_layer.in_features, device=DEVICE, dtype=torch.bfloat16)
+    layer = adapted(LoRA(rank=4)).model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, layer.base_layer.in_features, device=DEVICE, dtype=torch.bfloat16)
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return graph
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def run(call):
         one = x.clone().requires_grad_()
-        model.zero_grad()
+        layer.zero_grad()
         y = call(one)
         y.float().square().sum().backward()
         return [y.detach(), one.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 
     torch._dynamo.reset()
-    found = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    found = run(torch.compile(layer, fullgraph=True, backend=backend))
+    torch._dynamo.reset()
     for one, other in zip(found, run(layer), strict=True):
         torch.testing.assert_close(one, other)
-    torch._dynamo.reset()
-    run(torch.compile(layer, fullgraph=True, backend=backend))
-    assert len(graphs) == 1
-    assert str(graphs[0].print_readable(print_output=False)).count("lightning_peft.low_rank_add") == 3 * 2
-    torch._dynamo.reset()
+    (graph,) = graphs
+    assert graph.print_readable(print_output=False).count("lightning_peft.low_rank_add") == 2  # forward and backward
 
 
 @needs_triton
@@ -340,23 +340,19 @@ def test_they_compile_for_gpus(tmp_path):
         from triton.compiler import ASTSource, compile as build
         from lightning_peft.arithmetic import triton_low_rank as kernels
 
-        for capability, rank, rows in ((80, 128, False), (90, 16, True)):
-            index = {"index": "*i64"} if rows else {}
-            none = {} if rows else {"index": None}
-            t = kernels._tiles(4096, 1, 4096, 4096, rank, 100)
-            add = dict.fromkeys(("x", "y", "out", "thin"), "*bf16") | dict.fromkeys(("down", "up"), "*fp32") | index
-            add |= dict.fromkeys(("tokens", "width_in", "width_out", "rank", "part"), "i32") | {"scale": "fp32"}
-            tiles = {"TOKENS": t.tokens, "INS": t.ins, "OUTS": t.outs, "RANK": t.rank}
-            outer = {"thin": "*bf16", "wide": "*bf16", "grad": "*fp32", "scale": "fp32", **index}
-            outer |= dict.fromkeys(("rows", "tokens", "width", "rank"), "i32")
-            for kernel, types, constants in (
-                (kernels._add_kernel, add, {"READ": True, **tiles}),
-                (kernels._outer_kernel, outer, {"TOKENS": 64, "COLUMNS": 32, "RANK": t.rank}),
-            ):
-                constants |= {"ROWS": rows, "INTERPRETED": False, **none}
-                source = ASTSource(kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants)
-                built = build(source, target=GPUTarget("cuda", capability, 32))
-                print(capability, rank, "mma" in built.asm["ptx"], built.metadata.shared <= 99 * 1024, len(built.asm["cubin"]) > 0)
+        t = kernels._tiles(4096, 1, 4096, 4096, 128, 100)
+        add = dict.fromkeys(("x", "y", "out", "thin"), "*bf16") | dict.fromkeys(("down", "up"), "*fp32")
+        add |= dict.fromkeys(("tokens", "width_in", "width_out", "rank", "part"), "i32")
+        tiles = {"TOKENS": t.tokens, "INS": t.ins, "OUTS": t.outs, "READ": True}
+        outer = {"thin": "*bf16", "wide": "*bf16", "grad": "*fp32"} | dict.fromkeys(("rows", "tokens", "width", "rank"), "i32")
+        for kernel, types, constants in (
+            (kernels._add_kernel, add, tiles),
+            (kernels._outer_kernel, outer, {"TOKENS": 64, "COLUMNS": 32}),
+        ):
+            constants |= {"ROWS": True, "RANK": t.rank, "INTERPRETED": False}
+            types |= {"index": "*i64", "scale": "fp32", **dict.fromkeys(constants, "constexpr")}
+            built = build(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 80, 32))
+            print("mma" in built.asm["ptx"], built.metadata.shared < 64 * 1024, len(built.asm["cubin"]) > 0)
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -364,7 +360,7 @@ def test_they_compile_for_gpus(tmp_path):
         [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=False
     )
     assert told.returncode == 0, told.stderr
-    assert told.stdout.split("\n")[:4] == ["80 128 True True True"] * 2 + ["90 16 True True True"] * 2
+    assert told.stdout.splitlines() == ["True True True"] * 2
 
 
 # -- the switch --------------------------------------------------------------------------------------------------------
