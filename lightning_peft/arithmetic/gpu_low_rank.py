@@ -136,7 +136,7 @@ def linear_and_update(
     for one in (weight, bias):
         if one is not None and (one.requires_grad or one.dtype != x.dtype):
             return None
-    y: Tensor = _LinearAndUpdate.apply(x, weight, bias, A, B, scale, index)
+    y: Tensor = _LinearAndUpdate.apply(x, weight, bias, A, B, scale, index)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -152,7 +152,7 @@ def added(
 ) -> Tensor:
     """Return ``y + scale * (x A^T) B`` (tokens, out), in y itself where ``in_place`` says so; see :func:`linear_and_update`."""
     in_place = in_place and y.is_contiguous() and not torch.compiler.is_compiling()
-    total: Tensor = _Added.apply(y, x.to(y.dtype), A, B, scale, index, in_place)
+    total: Tensor = _Added.apply(y, x.to(y.dtype), A, B, scale, index, in_place)  # type: ignore[no-untyped-call]
     return total
 
 
