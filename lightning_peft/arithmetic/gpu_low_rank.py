@@ -12,7 +12,6 @@ else takes the plain path. Differentiating twice (``create_graph=True``) takes i
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -88,9 +87,10 @@ def layer_and_update(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor
     if adapter.slices or (adapter.dropout and adapter.training) or not _stays(x) or adapter.grouped_rows() is None:
         return None
     A, B = adapter.factors()
-    if refusal(x, x.dtype, A, B) is not None:
+    held = adapter.weights_of(base)
+    if held is None or refusal(x, x.dtype, A, B) is not None:
         return None
-    return adapter.computed(base, x, functools.partial(linear_and_update, A, B, adapter.scaling, None))
+    return linear_and_update(x.reshape(-1, x.shape[-1]), *held, A, B, adapter.scaling)
 
 
 def rows_and_updates(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor | None:
@@ -102,36 +102,33 @@ def rows_and_updates(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> 
     if refusal(x, x.dtype if _stays(x) else torch.get_autocast_dtype(x.device.type), A, B) is not None:
         return None
     index = rows.numbers(rows.index, x.device)
-    y: Tensor | None = None
-    if _stays(x):
-        y = adapters[0].computed(base, x, functools.partial(linear_and_update, A, B, 1.0, index))
+    flat, held = x.reshape(-1, x.shape[-1]), adapters[0].weights_of(base)
+    y = linear_and_update(flat, *held, A, B, 1.0, index) if held is not None and _stays(x) else None
     if y is None:
-        y = fresh = adapters[0].computed(base, x)
-        y = base(x) if fresh is None else fresh
-        flat = y.reshape(-1, y.shape[-1])
-        y = added(flat, x.reshape(-1, x.shape[-1]), A, B, 1.0, index, in_place=fresh is not None)
+        y = base(x) if held is None else F.linear(flat, *held)
+        y = added(y.reshape(-1, y.shape[-1]), flat, A, B, 1.0, index, in_place=held is not None)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def linear_and_update(
-    A: Tensor,  # noqa: N803 - as in the formula
-    B: Tensor,  # noqa: N803 - as in the formula
-    scale: float,
-    index: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    A: Tensor,  # noqa: N803 - as in the formula
+    B: Tensor,  # noqa: N803 - as in the formula
+    scale: float,
+    index: Tensor | None = None,
 ) -> Tensor | None:
     """Return ``x W^T + b + scale * (x A^T) B``, a new (tokens, out); None where W or b is trained or of another dtype.
 
     Args:
+        x: (tokens, in).
+        weight: (out, in).
+        bias: (out,).
         A: (rank, in), or (adapters, rank, in) with ``index``.
         B: (rank, out), or (adapters, rank, out).
         scale: factor of the update.
         index: for each of the rows that the tokens are made of the place of its adapter, -1 for none.
-        x: (tokens, in).
-        weight: (out, in).
-        bias: (out,).
     """
     for one in (weight, bias):
         if one is not None and (one.requires_grad or one.dtype != x.dtype):

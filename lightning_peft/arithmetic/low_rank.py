@@ -215,12 +215,16 @@ class LowRankLinear(LowRankAdapter):
         y = self._update(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), in_place=False).view(y.shape)
         return self.add_bias(y)
 
-    def computed(self, base: Callable[..., Any], x: Tensor, linear: Callable[..., Any] = F.linear) -> Tensor | None:
-        """Return what ``base`` makes of x (..., in) by ``linear``, a new (tokens, out); None where it must be called."""
+    def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
+        """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        held = self.weights_of(base)
+        return None if held is None else F.linear(x.reshape(-1, x.shape[-1]), *held)
+
+    def weights_of(self, base: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-        return linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined, no-any-return]
+        return base.weight.t() if self.transposed else base.weight, base.bias
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:

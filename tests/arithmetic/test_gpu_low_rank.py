@@ -75,7 +75,7 @@ def by_kernels(form, scale, index, x, W, b, A, B, direction):  # noqa: N803 - as
     x, A, B = (one.detach().clone().requires_grad_() for one in (x, A, B))
     at = None if index is None else torch.tensor(index, device=DEVICE)
     if form == "layer":
-        y = gpu_low_rank.linear_and_update(A, B, scale, at, x, W, b)
+        y = gpu_low_rank.linear_and_update(x, W, b, A, B, scale, at)
     else:
         y = gpu_low_rank.added(F.linear(x, W, b), x, A, B, scale, at, in_place=form == "in place")
     y.backward(direction)
@@ -117,7 +117,7 @@ def test_rows_without_an_adapter_are_the_base_bit_for_bit(kernels):
     x, W, b, A, B, _ = tensors(torch.bfloat16, 40, 70, 150, 5, index := (0, -1, 1, -1))
     b = torch.full_like(b, -0.0)
     x[10:20] = 0  # so that the base is -0.0 there
-    y = gpu_low_rank.linear_and_update(A, B, 0.5, torch.tensor(index, device=DEVICE), x, W, b).view(4, 10, -1)
+    y = gpu_low_rank.linear_and_update(x, W, b, A, B, 0.5, torch.tensor(index, device=DEVICE)).view(4, 10, -1)
     base = F.linear(x, W, b).view(4, 10, -1)
     for row in (1, 3):
         assert torch.equal(y[row].view(torch.int16), base[row].view(torch.int16))
@@ -132,7 +132,7 @@ def test_only_what_is_needed_is_computed(kernels, needed):
     del kernels[:]
     leaves = [one.clone().requires_grad_(need) for one, need in zip((x, A, B), needed, strict=True)]
     x, A, B = leaves
-    gpu_low_rank.linear_and_update(A, B, 0.5, None, x, W, b).backward(direction)
+    gpu_low_rank.linear_and_update(x, W, b, A, B, 0.5).backward(direction)
     for leaf, need, right in zip(leaves, needed, wanted, strict=True):
         assert torch.equal(leaf.grad, right) if need else leaf.grad is None
     assert kernels == ["add"] * (1 + (needed[0] or needed[1])) + ["outer"] * (needed[1] + needed[2])
@@ -281,7 +281,7 @@ def test_second_derivatives_are_those_of_the_formula(kernels, form, index):
 
     def by_kernel():
         if form == "layer":
-            return gpu_low_rank.linear_and_update(A, B, 0.5, at, x, W, b)
+            return gpu_low_rank.linear_and_update(x, W, b, A, B, 0.5, at)
         return gpu_low_rank.added(F.linear(x, W, b), x, A, B, 0.5, at, in_place=False)
 
     found, wanted = [], []
