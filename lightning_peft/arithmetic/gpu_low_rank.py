@@ -84,7 +84,7 @@ def refusal(x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor) -> str | None: 
 
 def layer_and_update(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor) -> Tensor | None:
     """Return what ``base`` and the update make of x (..., in), a new (tokens, out); None where the plain path is taken."""
-    if adapter.slices or (adapter.dropout and adapter.training) or not _stays(x) or adapter.grouped_rows() is None:
+    if not adapter.own_update or adapter.slices or (adapter.dropout and adapter.training) or not _stays(x):
         return None
     A, B = adapter.factors()
     held = adapter.weights_of(base)
@@ -189,8 +189,7 @@ class _LinearAndUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        weight = ctx.saved_tensors[-1]
-        dx, dA, dB = _gradients(ctx, dy, None if weight is None else dy @ weight)
+        dx, dA, dB = _gradients(ctx, dy)
         return dx, None, None, dA, dB, None, None
 
 
@@ -218,7 +217,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return (dy, *_gradients(ctx, dy, None), None, None, None)
+        return (dy, *_gradients(ctx, dy), None, None, None)
 
 
 def _keep(
@@ -237,9 +236,10 @@ def _keep(
     ctx.save_for_backward(x if to_A or to_B else None, A, B, thin if to_B else None, index, weight if to_x else None)
 
 
-def _gradients(ctx: Any, dy: Tensor, dx: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and B; that of x is added to ``dx`` where it is given."""
-    x, A, B, thin, index, _ = ctx.saved_tensors
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of x, A and B, as far as they are needed."""
+    x, A, B, thin, index, weight = ctx.saved_tensors  # once: activation checkpointing unpacks them once
+    dx = None if weight is None else dy @ weight
     to_x, to_A, to_B = ctx.needed
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a second derivative is wanted
         ours, dA, dB = _plain_gradients(dy, x, A, B, ctx.scale, index)

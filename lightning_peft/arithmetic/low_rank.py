@@ -182,6 +182,7 @@ class LowRankLinear(LowRankAdapter):
         self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
         exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
         self._plain: type | None = type(module) if exact else None
+        self.own_update = type(self)._update is LowRankLinear._update
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:

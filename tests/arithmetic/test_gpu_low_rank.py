@@ -10,8 +10,9 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import LoRA, LoRAFA, QLoRA, adapter_rows, inject
+from lightning_peft import AdaLoRA, LoRA, LoRAFA, QLoRA, adapter_rows, inject
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.errors import ConfigError
 from lightning_peft.testing import tiny_llama, token_batch
@@ -215,7 +216,20 @@ def test_autocast_takes_them_too(kernels):
 @needs_triton
 def test_rows_take_them(kernels):
     model = adapted(LoRA(rank=4), names=("a", "b"))
-    same_step(model, kernels, (4, 4), lambda: adapter_rows(model, ["b", None, "a"]))
+    inject(model, AdaLoRA(init_rank=6, target_rank=2), "query", name="c")
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.adapters["c"].lora_E)
+    same_step(model, kernels, (4, 4), lambda: adapter_rows(model, ["b", "c", "a"]))
+
+
+@needs_triton
+def test_activation_checkpointing_takes_them_too(kernels):
+    layer = adapted(LoRA(rank=4)).model.layers[0].self_attn.q_proj
+    x = torch.randn(4, layer.base_layer.in_features, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    (wanted,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (found,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(found, wanted)
+    assert kernels.count("add") == 2 + 3  # forward once more
 
 
 @needs_triton
@@ -225,6 +239,7 @@ def test_rows_take_them(kernels):
         (LoRA(rank=4), torch.float32),
         (LoRAFA(rank=4), torch.bfloat16),
         (LoRA(rank=130), torch.bfloat16),
+        (AdaLoRA(init_rank=4, target_rank=2), torch.bfloat16),  # P diag(E) Q, an update of its own
     ],
 )
 def test_what_they_are_not_for_takes_the_plain_path(kernels, method, dtype):
