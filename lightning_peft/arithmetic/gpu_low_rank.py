@@ -83,20 +83,31 @@ def refusal(x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor) -> str | None: 
 
 
 def layer_and_update(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor) -> Tensor | None:
-    """Return what ``base`` and the update make of x (..., in), a new (tokens, out); None where the plain path is taken."""
-    if not adapter.own_update or adapter.slices or (adapter.dropout and adapter.training) or not _stays(x):
+    """Return what ``base`` and the update make of x (..., in), a new (..., out); None where another path is taken."""
+    if not reached(x) or not adapter.own_update or adapter.slices or (adapter.dropout and adapter.training):
         return None
     A, B = adapter.factors()
     held = adapter.weights_of(base)
-    if held is None or refusal(x, x.dtype, A, B) is not None:
+    if held is None or not _stays(x) or refusal(x, x.dtype, A, B) is not None:
         return None
-    return linear_and_update(x.reshape(-1, x.shape[-1]), *held, A, B, adapter.scaling)
+    y = linear_and_update(x.reshape(-1, x.shape[-1]), *held, A, B, adapter.scaling)
+    return None if y is None else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def update(adapter: LowRankLinear, x: Tensor, y: Tensor, *, in_place: bool) -> Tensor | None:
+    """Return y (tokens, out) plus the update of x (tokens, in); None where another path is taken."""
+    if not reached(x) or adapter.slices:
+        return None
+    A, B = adapter.factors()
+    return None if refusal(x, y.dtype, A, B) is not None else added(y, x, A, B, adapter.scaling, in_place=in_place)
 
 
 def rows_and_updates(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor | None:
-    """Return what ``base`` and the update of each row make of x (..., in), (..., out); None where the plain path is taken."""
+    """Return what ``base`` and the update of each row make of x (..., in), (..., out); None where another path is taken."""
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
-    if any((adapter.dropout and adapter.training) or adapter.bias is not None for adapter in adapters):
+    if not reached(x) or any(
+        (adapter.dropout and adapter.training) or adapter.bias is not None for adapter in adapters
+    ):
         return None
     A, B = while_unchanged(rows, "padded", lambda: padded_pairs(adapters))
     if refusal(x, x.dtype if _stays(x) else torch.get_autocast_dtype(x.device.type), A, B) is not None:

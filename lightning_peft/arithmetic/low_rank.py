@@ -206,8 +206,8 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
-        if gpu_low_rank.reached(x) and (y := gpu_low_rank.layer_and_update(self, base, x)) is not None:
-            return self.add_bias(y).view(*x.shape[:-1], y.shape[-1])
+        if (y := gpu_low_rank.layer_and_update(self, base, x)) is not None:
+            return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -252,10 +252,9 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
-        A, B = self.factors()
-        if gpu_low_rank.reached(x) and not self.slices and gpu_low_rank.refusal(x, y.dtype, A, B) is None:
-            return gpu_low_rank.added(y, x, A, B, self.scaling, in_place=in_place)
-        A, B, x = (tensor.to(y.dtype) for tensor in (A, B, x))
+        if (total := gpu_low_rank.update(self, x, y, in_place=in_place)) is not None:
+            return total
+        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
             if in_place:

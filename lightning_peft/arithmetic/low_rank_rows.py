@@ -51,7 +51,7 @@ _Batch: TypeAlias = tuple[int, int, int, int, int]
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     """Return y (..., out) for x (..., in), whose first dimension holds the rows of the batch, each the same number of times."""
-    if gpu_low_rank.reached(x) and (y := gpu_low_rank.rows_and_updates(base, rows, x)) is not None:
+    if (y := gpu_low_rank.rows_and_updates(base, rows, x)) is not None:
         return y
     if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _into(base, rows, x)
