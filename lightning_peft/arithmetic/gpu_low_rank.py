@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.arithmetic.recomputing import recipe_of
 from lightning_peft.arithmetic.row_stacks import padded_pairs, while_unchanged
 from lightning_peft.errors import ConfigError
 from lightning_peft.row_batches import AdapterRows
@@ -84,7 +85,13 @@ def refusal(x: Tensor, dtype: torch.dtype, A: Tensor, B: Tensor) -> str | None: 
 
 def layer_and_update(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor) -> Tensor | None:
     """Return what ``base`` and the update make of x (..., in), a new (..., out); None where another path is taken."""
-    if not reached(x) or not adapter.own_update or adapter.slices or (adapter.dropout and adapter.training):
+    if (
+        not reached(x)
+        or recipe_of(x) is not None
+        or not adapter.own_update
+        or adapter.slices
+        or (adapter.dropout and adapter.training)
+    ):
         return None
     A, B = adapter.factors()
     held = adapter.weights_of(base)

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.arithmetic.dropped_parts import dropped_part
+from lightning_peft.arithmetic.lean_linear import add_product, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -206,7 +207,8 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
-        if (y := gpu_low_rank.layer_and_update(self, base, x)) is not None:
+        y = gpu_low_rank.layer_and_update(self, base, x)
+        if y is not None or (y := lean_forward(self, base, x)) is not None:
             return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
@@ -225,7 +227,7 @@ class LowRankLinear(LowRankAdapter):
         """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        return base.weight.t() if self.transposed else base.weight, base.bias
+        return base.weight.t() if self.transposed else base.weight, base.bias  # type: ignore[attr-defined]
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
@@ -254,12 +256,11 @@ class LowRankLinear(LowRankAdapter):
             x = dropped_part(x, self.dropout, self.input_part)
         if (total := gpu_low_rank.update(self, x, y, in_place=in_place)) is not None:
             return total
-        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
+        dtype = product_dtype(x, y)
+        A, B, x = (tensor.to(dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
-            if in_place:
-                return y.addmm_(h.t(), B, alpha=self.scaling)
-            return torch.addmm(y, h.t(), B, alpha=self.scaling)
+            return add_product(y, h.t(), B, self.scaling, in_place=in_place)
         y = y if in_place else y.clone()
         widths = [part.features for part in self.slices]
         for part, rows, columns in zip(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import AdaLoRA, LoRA, LoRAFA, QLoRA, adapter_rows, inject
+from lightning_peft import AdaLoRA, LoRA, LoRAFA, QLoRA, adapter_rows, fuse_blocks, inject
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.errors import ConfigError
 from lightning_peft.testing import tiny_llama, token_batch
@@ -191,16 +191,18 @@ def test_a_step_of_lora_takes_them_at_every_layer(kernels):
 
 
 @needs_triton
-def test_dropout_and_a_packed_base_take_the_update_alone(kernels):
-    model = adapted(LoRA(rank=4, dropout=0.5)).eval()
-    same_step(model, kernels, (4, 4))
-    gpu_low_rank.asked = True
-    del kernels[:]
-    model.train()
-    step(model)
-    assert (kernels.count("add"), kernels.count("outer")) == (4, 4)
-    del kernels[:]
+def test_a_packed_base_takes_the_update_alone(kernels):
     same_step(adapted(QLoRA(rank=4, compute_dtype="bfloat16")), kernels, (4, 4))
+
+
+@needs_triton
+def test_what_keeps_less_for_backward_goes_before(kernels):
+    model = adapted(LoRA(rank=4, dropout=0.5))
+    step(model)  # with one byte an element of the mask
+    step(fuse_blocks(adapted(LoRA(rank=4))))  # without what the norm before the layer can make again
+    assert kernels.count("add") == 2  # in the first layer, whose norm has an input without a gradient
+    del kernels[:]
+    same_step(model.eval(), kernels, (4, 4))
 
 
 @needs_triton
