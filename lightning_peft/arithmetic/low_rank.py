@@ -225,7 +225,7 @@ class LowRankLinear(LowRankAdapter):
         """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        return base.weight.t() if self.transposed else base.weight, base.bias
+        return base.weight.t() if self.transposed else base.weight, base.bias  # type: ignore[attr-defined]
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
