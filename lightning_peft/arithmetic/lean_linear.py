@@ -190,3 +190,10 @@ def _to_input(
     if weight is None:
         return side
     return add_product(side.to(dy.dtype), dy, weight.to(dy.dtype), 1.0, in_place=not again)
+
+
+def hooked(module: Any) -> bool:
+    """Tell whether somebody listens to ``module`` or replaced its forward, so that it must be called rather than computed."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.arithmetic.dropped_parts import dropped_part
-from lightning_peft.arithmetic.lean_linear import add_product, lean_forward, product_dtype
+from lightning_peft.arithmetic.lean_linear import add_product, hooked, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
@@ -223,13 +223,13 @@ class LowRankLinear(LowRankAdapter):
     def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
         """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
         if self._unpacking is not None:
-            return None if not isinstance(base, nn.Module) or _hooked(base) else self._unpacking(base, x)
+            return None if not isinstance(base, nn.Module) or hooked(base) else self._unpacking(base, x)
         held = self.weights_of(base)
         return None if held is None else F.linear(x.reshape(-1, x.shape[-1]), *held)
 
     def weights_of(self, base: Any) -> tuple[Tensor, Tensor | None] | None:
         """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
-        if type(base) is not self._plain or _hooked(base):
+        if type(base) is not self._plain or hooked(base):
             return None
         return base.weight.t() if self.transposed else base.weight, base.bias  # type: ignore[attr-defined]
 
@@ -395,10 +395,3 @@ def _adapter_dtype(base: torch.dtype, wanted: str) -> torch.dtype:
     if not base.is_floating_point:  # packed weights of a quantised base
         return torch.float32
     return base if wanted == "base" else torch.promote_types(torch.float32, base)
-
-
-def _hooked(module: Any) -> bool:
-    """Tell whether somebody listens to ``module`` or replaced its forward, so that it must be called rather than computed."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
