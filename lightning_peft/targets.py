@@ -15,6 +15,7 @@ role of a part (``query``) gives that module together with the slice of its outp
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -210,6 +211,8 @@ class _Search:
         if word.startswith("re:"):
             pattern = re.compile(word[3:])
             return [path for path in self.modules if pattern.fullmatch(path)]
+        if not any(sign in word for sign in "*?["):
+            return [path for path in self.modules if path.endswith(f".{word}") or path == word]
         return [path for path in self.modules if fnmatch.fnmatchcase(f".{path}", f"*.{word}") or path == word]
 
     def _by_role(self, role: str) -> list[str]:
@@ -270,7 +273,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d_linear(module: nn.Module) -> bool:
     """Tell whether ``module`` is transformers' ``Conv1D``: a linear layer with weight (in_features, out_features)."""
-    kind = type(module)  # recognised by name, so that this does not import transformers
+    return _is_conv1d(type(module))
+
+
+@functools.cache
+def _is_conv1d(kind: type) -> bool:
+    # By name, so that this does not import transformers.
     return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in kind.__mro__)
 
 

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.arithmetic.dropped_parts import dropped_part
+from lightning_peft.arithmetic.forward_only import forward_only
+from lightning_peft.arithmetic.forward_only import hooked as _hooked
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
+from lightning_peft.initial_values import comes_from_file
 from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.targets import is_conv1d_linear
 
@@ -66,6 +69,13 @@ class LowRankAdapter(Adapter):
     """What the low-rank adapters share: rank, scaling, dropout, and a bias that is trained beside them if asked for."""
 
     bias: nn.Parameter | None
+    rank: int
+    method_scaling: float
+    init: str
+    dropout: float
+    file_rank: int
+    _device: torch.device
+    _dtype: torch.dtype
     paddable: ClassVar[bool] = False
     """Whether rows of zeros may be added to the pairs; not inherited, since a descendant may hold more than pairs."""
     input_part: tuple[int, int] | None = None
@@ -75,17 +85,25 @@ class LowRankAdapter(Adapter):
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, weight: str = "weight") -> None:
         super().__init__()
-        self.rank, self.method_scaling, self.init = settings.rank, settings.scaling, settings.init
-        self.dropout = float(settings.dropout)
-        self.file_rank = settings.rank
-        like = module.get_parameter("in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight)
-        self._device, self._dtype = like.device, _adapter_dtype(like.dtype, settings.dtype)
-        base_bias = getattr(module, "bias", None)
-        if settings.bias and isinstance(base_bias, Tensor):
+        weight = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight
+        like = module._parameters.get(weight)
+        like = module.get_parameter(weight) if like is None else like
+        # Past nn.Module, which looks at each for what it might have to register: a model has hundreds of adapters.
+        self.__dict__.update(
+            rank=settings.rank,
+            method_scaling=settings.scaling,
+            init=settings.init,
+            dropout=float(settings.dropout),
+            file_rank=settings.rank,
+            _device=like.device,
+            _dtype=_adapter_dtype(like.dtype, settings.dtype),
+        )
+        base_bias = getattr(module, "bias", None) if settings.bias else None
+        if isinstance(base_bias, Tensor):
             self.bias = self.new(*base_bias.shape)
             self.register_buffer("base_bias", torch.empty_like(self.bias), persistent=False)
         else:
-            self.bias = None
+            self.__dict__["bias"] = None
 
     @property
     def scaling(self) -> float:
@@ -105,8 +123,8 @@ class LowRankAdapter(Adapter):
         return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
 
     def reset_down(self, *matrices: Tensor) -> None:
-        """Start the matrices A (rank, in, ...)."""
-        for A in matrices:
+        """Start the matrices A (rank, in, ...), which every file holds."""
+        for A in () if comes_from_file() else matrices:
             if self.init == "gaussian":
                 nn.init.normal_(A, std=1.0 / self.rank)
             else:
@@ -169,18 +187,34 @@ class LowRankLinear(LowRankAdapter):
 
     scalable: ClassVar[bool] = True
     paddable: ClassVar[bool] = True
+    transposed: bool
+    out_features: int
+    slices: tuple[Slice, ...]
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _plain: type | None
+    direct: type | None
+    """The type of layer that :func:`~lightning_peft.arithmetic.forward_only.forward_only` computes with this adapter."""
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, slices: tuple[Slice, ...] = ()) -> None:
         super().__init__(settings, module)
-        self.transposed = is_conv1d_linear(module)
-        width = module.weight.shape if self.transposed else (module.in_features, module.out_features)
-        in_features, self.out_features = (int(number) for number in width)  # type: ignore[union-attr, arg-type]
-        self.slices = slices
-        self.file_rank = self.rank * max(1, len(slices))
-        self.lora_A = self.new(self.file_rank, in_features)
-        self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
-        exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
-        self._plain: type | None = type(module) if exact else None
+        transposed = is_conv1d_linear(module)
+        width = module.weight.shape if transposed else (module.in_features, module.out_features)
+        in_features, out_features = (int(number) for number in width)  # type: ignore[union-attr, arg-type]
+        file_rank = self.rank * max(1, len(slices))
+        exact = type(module) is nn.Linear or (transposed and type(module).__name__ == "Conv1D")
+        kind, own = type(self), LowRankLinear
+        simple = kind._update is own._update and kind.factors is own.factors and kind.computed is own.computed
+        self.__dict__.update(
+            transposed=transposed,
+            out_features=out_features,
+            slices=slices,
+            file_rank=file_rank,
+            _plain=type(module) if exact else None,
+            direct=type(module) if exact and simple and not slices and self.bias is None else None,
+        )
+        self.register_parameter("lora_A", self.new(file_rank, in_features))
+        self.register_parameter("lora_B", self.new(self.rank, sum(part.features for part in slices) or out_features))
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:
@@ -197,13 +231,19 @@ class LowRankLinear(LowRankAdapter):
 
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
-        self.reset_down(*torch.split(self.lora_A, self.rank))
+        if self.lora_A.is_meta:
+            return  # where nothing has a value
+        self.reset_down(*(torch.split(self.lora_A, self.rank) if self.slices else (self.lora_A,)))
         nn.init.zeros_(self.lora_B)
         self.reset_bias(base_layer)
 
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+        if type(base) is self.direct and not torch.is_grad_enabled():
+            y = forward_only(self, base, x)
+            if y is not None:
+                return y
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -306,48 +346,6 @@ class LowRankLinear(LowRankAdapter):
         return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
 
 
-class LowRankEmbedding(LowRankAdapter):
-    """LoRA on ``nn.Embedding``: A (rank, vocabulary) starts at zero, B (dim, rank) at random, both held transposed."""
-
-    scalable: ClassVar[bool] = True
-    paddable: ClassVar[bool] = True
-
-    def __init__(self, settings: LowRankSettings, module: nn.Embedding) -> None:
-        super().__init__(settings, module)
-        if module.max_norm is not None:
-            raise TargetError("LoRA cannot adapt an embedding with max_norm, which rewrites its own weights in forward")
-        self.padding_idx = module.padding_idx
-        # Some models (Gemma 3) scale what the embedding returns; the update is part of the weight, so it is scaled too.
-        self.embed_scale = float(getattr(module, "scalar_embed_scale", 1.0))
-        self.lora_embedding_A = self.new(module.num_embeddings, self.rank)
-        self.lora_embedding_B = self.new(self.rank, module.embedding_dim)
-
-    @override
-    def rank_axes(self) -> Mapping[str, RankAxis]:
-        return {"lora_embedding_A": RankAxis(1), "lora_embedding_B": RankAxis(0, up=True)}
-
-    @override
-    def reset_parameters(self, base_layer: nn.Module) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
-
-    @override
-    def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
-        """Ids (...) -> y (..., dim)."""
-        y: Tensor = base(ids)
-        h = F.embedding(ids, self.lora_embedding_A.to(y.dtype), self.padding_idx)  # (..., rank)
-        return y + (h @ self.lora_embedding_B.to(y.dtype)) * (self.scaling * self.embed_scale)
-
-    @override
-    def disk_tensors(self) -> dict[str, Tensor]:
-        return {"lora_embedding_A": self.lora_embedding_A.t(), "lora_embedding_B": self.lora_embedding_B.t()}
-
-    @override
-    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        delta = Product(self.lora_embedding_A.detach(), self.lora_embedding_B.detach(), self.scaling)
-        return self.merged_with(base_layer, weight=delta)
-
-
 class BiasAdapter(LowRankAdapter):
     """The trained bias of a layer that has no low-rank update, for ``bias='all'``."""
 
@@ -380,10 +378,3 @@ def _adapter_dtype(base: torch.dtype, wanted: str) -> torch.dtype:
     if not base.is_floating_point:  # packed weights of a quantised base
         return torch.float32
     return base if wanted == "base" else torch.promote_types(torch.float32, base)
-
-
-def _hooked(module: Any) -> bool:
-    """Tell whether somebody listens to ``module`` or replaced its forward, so that it must be called rather than computed."""
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

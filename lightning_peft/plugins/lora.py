@@ -28,12 +28,12 @@ from lightning_peft.arithmetic.low_rank import (
     CONVOLUTIONS,
     BiasAdapter,
     LowRankAdapter,
-    LowRankEmbedding,
     LowRankLinear,
     LowRankSettings,
 )
 from lightning_peft.arithmetic.low_rank_attention import LowRankMultiheadAttention
 from lightning_peft.arithmetic.low_rank_conv import LowRankConv
+from lightning_peft.arithmetic.low_rank_embedding import LowRankEmbedding
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
@@ -168,6 +168,8 @@ class LoRA(Method):
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        if type(module) is nn.Linear and target.rule not in (_BIAS_RULE, TIED_RULE):  # as nearly always
+            return self.linear_adapter(module, target)
         settings = self.settings
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)

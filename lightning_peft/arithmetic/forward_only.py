@@ -1,0 +1,59 @@
+"""A linear layer with a low-rank update where nothing is kept for backward: as few operations and as little Python as it takes.
+
+::
+
+    y = x W^T + b;  y += s (A x^T)^T B        x: (tokens, in)   W: (out, in)   A: (rank, in)   B: (rank, out)
+
+With few tokens on a CPU, what an operation costs to start counts for more than what it computes, and products of 16-bit numbers cost
+several times as much to start as those of float32: there the update is computed in float32 and rounded once, with its sum.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_peft.arithmetic.low_rank import LowRankLinear
+
+FEW = 2**16
+"""Numbers in input and output up to which a CPU computes the update of a 16-bit layer in float32."""
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def forward_only(adapter: LowRankLinear, base: Any, x: Tensor) -> Tensor | None:
+    """Return y (..., out) of x (..., in) without anything for backward; None where that is not as simple as this.
+
+    Args:
+        adapter: one whose :attr:`~lightning_peft.arithmetic.low_rank.LowRankLinear.direct` is the type of ``base``.
+        base: what the adapter acts around.
+        x: the input.
+    """
+    if (adapter.dropout and adapter.training) or hooked(base) or torch.compiler.is_compiling():
+        return None
+    held, own = base._parameters, adapter._parameters
+    weight, A, B = held.get("weight"), own.get("lora_A"), own.get("lora_B")
+    if type(weight) not in _PLAIN or type(A) not in _PLAIN or B is None or weight.dtype is not x.dtype:
+        return None
+    y = F.linear(x, weight.t() if adapter.transposed else weight, held.get("bias"))
+    if not y.is_contiguous():
+        return None
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    dtype = y.dtype
+    if dtype is A.dtype is x.dtype:
+        out.addmm_(torch.mm(A, rows.t()).t(), B, alpha=adapter.scaling)
+    elif A.dtype is torch.float32 and x.is_cpu and dtype.itemsize == 2 and rows.numel() + out.numel() <= FEW:
+        out.add_(torch.mm(torch.mm(A, rows.float().t()).t(), B), alpha=adapter.scaling)
+    else:
+        adapter._update(rows, out, in_place=True)
+    return y
+
+
+def hooked(module: Any) -> bool:
+    """Tell whether somebody listens to ``module`` or replaced its forward, so that it must be called rather than computed."""
+    return "forward" in module.__dict__ or bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
