@@ -388,6 +388,6 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 if __name__ == "__main__":
     sizes = {"hidden": 2048, "layers": 22, "vocabulary": 32000, "adapters": 40, "many_hidden": 512}
-    options = parser(__doc__, **sizes, gpt_width=1024, gpt_layers=24, steps=300)
+    options = parser(__doc__, **sizes, gpt_width=1024, gpt_layers=24, steps=2000)
     options.add_argument("--only", nargs="+", choices=tuple(CASES), help="some of the cases")
     publish(options.parse_args(), measure)

@@ -1,107 +1,117 @@
-"""What the hooks and callbacks of the library add to a step of the Trainer: the same run with and without them."""
+"""What the hooks and callbacks of the library add to a step of the Trainer.
+
+One run goes on with and without them: before each step the module becomes one of the class of the arm, and the Trainer gets its callbacks.
+So the arms are a millisecond apart, and the median over some thousand steps tells some microseconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from paired import Row, compare
+from paired import AGAIN, Row, judged
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import LoRA, PEFTMixin, PEFTModule, ResourceMonitor, inject
 
-
-class Watch(Callback):
-    """Notes the CPU time a step takes, once the first hundred are over."""
-
-    def __init__(self, steps: int) -> None:
-        self.first, self.steps, self.found = 100, steps, 0.0
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == self.first:
-            self.found = time.process_time()
-        elif batch_idx == self.first + self.steps:
-            self.found = (time.process_time() - self.found) / self.steps
+WARM_UP = 50
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-def adapted() -> nn.Module:
+def net() -> nn.Module:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2))
-    inject(net, LoRA(rank=2), ["0"])
-    return net
+    return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2))
 
 
 class Plain(LightningModule):
     """What a user writes without the library, around the same adapted model."""
 
-    logs = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = adapted()
-
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
-        loss = nn.functional.cross_entropy(self.model(x), y)
-        if self.logs:
-            self.log("train_loss", loss, prog_bar=True, batch_size=len(y))
-        return loss
+        return nn.functional.cross_entropy(self.model(x), y)
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
-
-
-class Logging(Plain):
-    logs = True
 
 
 class Mixed(PEFTMixin, Plain):
     """The same with the hooks of the mixin."""
 
 
-def whole() -> LightningModule:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 2))
-    return PEFTModule(net, LoRA(rank=2), ["0"], loss=nn.functional.cross_entropy)
+class Logging(LightningModule):
+    """A module like :class:`PEFTModule`, without its hooks."""
+
+    def forward(self, x: Any) -> Any:
+        return self.model(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(self(*batch[:-1]), batch[-1])
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch[-1]))
+        return loss
 
 
-def step(make: Callable[[], LightningModule], steps: int, callbacks: Callable[[], list[Callback]]) -> Callable[[], float]:
-    data = TensorDataset(torch.randn(8 * (steps + 110), 16), torch.randint(0, 2, (8 * (steps + 110),)))
+class Alternating:
+    """A loader that makes the module what the arm of the next step is."""
 
-    def run() -> float:
-        watch = Watch(steps)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(
-            accelerator="cpu", max_epochs=1, callbacks=[watch, *callbacks()], log_every_n_steps=50, **quiet
-        )
-        trainer.fit(make(), DataLoader(data, batch_size=8))
-        return watch.found
+    def __init__(self, arms: dict[str, tuple[type, list[Any]]], rounds: int) -> None:
+        self.arms, self.rounds = arms, rounds
+        self.times: dict[str, list[float]] = {name: [] for name in arms}
+        self.module: Any = None
+        self.trainer: Any = None
+        self.batch = [torch.randn(8, 16), torch.randint(0, 2, (8,))]
 
-    return run
+    def __len__(self) -> int:
+        return (self.rounds + WARM_UP) * len(self.arms) + 1  # the last step ends when the next batch is asked for
+
+    def __iter__(self) -> Iterator[Any]:
+        own = self.trainer.callbacks
+        for number in range(self.rounds + WARM_UP):
+            for name in random.sample(list(self.arms), len(self.arms)):
+                kind, callbacks = self.arms[name]
+                self.module.__class__, self.trainer.callbacks = kind, [*own, *callbacks]
+                start = time.process_time()
+                yield self.batch
+                taken = time.process_time() - start
+                if number >= WARM_UP:
+                    self.times[name].append(taken)
+        yield self.batch
+
+
+def measured(case: str, module: Any, arms: dict[str, tuple[type, list[Any]]], rounds: int) -> list[Row]:
+    first, *_ = arms
+    loader = Alternating({first: arms[first], f"{first} {AGAIN}": arms[first], **arms}, rounds)
+    loader.module = module
+    loader.trainer = Trainer(accelerator="cpu", max_epochs=1, log_every_n_steps=50, **QUIET)
+    loader.trainer.fit(module, loader)
+    return judged(case, loader.times)
 
 
 def trainer_rows(args: argparse.Namespace) -> Iterator[Row]:
-    """The median is that of one step; both kinds of module log where the one beside them does."""
+    """The median is that of one step, and the same for all arms but for what they add."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-    def clock(arm: Callable[[], float]) -> float:
-        return arm()
-
-    alone = {
-        "Trainer": step(Plain, args.steps, list),
-        "Trainer, PEFTMixin": step(Mixed, args.steps, list),
-        "Trainer, PEFTMixin, ResourceMonitor": step(Mixed, args.steps, lambda: [ResourceMonitor()]),
+    plain = Mixed()
+    plain.model = net()
+    inject(plain.model, LoRA(rank=2), ["0"])
+    monitor = ResourceMonitor()
+    arms = {
+        "Trainer": (Plain, []),
+        "Trainer, PEFTMixin": (Mixed, []),
+        "Trainer, PEFTMixin, ResourceMonitor": (Mixed, [monitor]),
+        "Trainer, a callback that does nothing": (Plain, [Callback()]),
     }
-    yield from compare("a step of a tiny linear", alone, rounds=args.rounds, clock=clock)
+    yield from measured("a step of a tiny linear", plain, arms, args.steps)
+    whole = PEFTModule(net(), LoRA(rank=2), ["0"], loss=nn.functional.cross_entropy)
+    whole.configure_callbacks = list
     logged = {
-        "Trainer, a module that logs its loss": step(Logging, args.steps, list),
-        "Trainer, PEFTModule (its ResourceMonitor too)": step(whole, args.steps, list),
+        "Trainer, the loss logged": (Logging, []),
+        "Trainer, PEFTModule": (PEFTModule, []),
+        "Trainer, PEFTModule, ResourceMonitor": (PEFTModule, [monitor]),
     }
-    yield from compare("a step of a tiny linear, logged", logged, rounds=args.rounds, clock=clock)
+    yield from measured("a step of a tiny linear, the loss logged", whole, logged, args.steps)

@@ -185,8 +185,21 @@ def compare(
     for _ in range(rounds):
         for name in random.sample(list(runs), len(runs)):
             times[name].append(timed(runs[name]))
+    return judged(case, times, bound=bound, device=device, peaks=peaks)
+
+
+def judged(
+    case: str,
+    times: Mapping[str, list[float]],
+    *,
+    bound: str | None = None,
+    device: str = "cpu",
+    peaks: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Return the rows of ``times``: seconds of each arm, round by round. The first arm is there again under its name with ``AGAIN``."""
+    first, *_ = times
     ratios = {name: [a / b for a, b in zip(found, times[first], strict=True)] for name, found in times.items()}
-    low, high = interval(ratios[again])
+    low, high = interval(ratios[f"{first} {AGAIN}"])
     trusted = low > 1 - TRUSTED and high < 1 + TRUSTED
     rows = []
     for name, found in ratios.items():
@@ -199,8 +212,8 @@ def compare(
             *interval(found),
             trusted,
         )
-        if memory:
-            row.peak, row.peak_ratio = peaks[name], peaks[name] / peaks[first]
+        if peaks:
+            row.peak, row.peak_ratio = peaks[name], peaks[name] / max(1, peaks[first])
         if bound is not None:
             least = statistics.median(ratios[bound])
             row.overhead = (row.ratio - least) / (1 - least) if least < 1 else None

@@ -8,27 +8,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import AdapterNotFoundError, InjectionError, MergeError
+from lightning_peft.finite import all_finite
 from lightning_peft.interfaces import Adapter
-from lightning_peft.merge_state import MergeState
+from lightning_peft.layer_parts import MergeState, RowRunner
 from lightning_peft.sharded_parameters import kept, merged_whole, put
 from lightning_peft.walks import forget_walks, walked
 
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
-
-
-class RowRunner(Protocol):
-    """What decides, row by row of a batch, which adapters act at a place."""
-
-    def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what ``layer`` returns for these arguments."""
 
 
 class AdapterLayer(nn.Module):
@@ -186,11 +180,7 @@ class AdapterLayer(nn.Module):
         Raises:
             MergeError: one is merged already, cannot be merged, or would give non-finite weights. Nothing is changed then.
         """
-        # Innermost first, as they act in forward.
-        order = {name: place for place, name in enumerate(self._active)}
-        names = sorted((name for name in names if name in self.adapters), key=lambda name: order.get(name, len(order)))
-        for name in names:
-            self._check_mergeable(name, names, order)
+        names = self.in_order(names)
         originals: dict[str, Tensor] = {}
         try:
             for name in names:
@@ -201,7 +191,7 @@ class AdapterLayer(nn.Module):
                             f"merging adapter {name!r} gives {key!r} the shape {tuple(value.shape)}, but the base holds {parameter.dtype} of "
                             f"shape {tuple(parameter.shape)}: packed weights of a quantised base cannot be merged into"
                         )
-                    if not torch.isfinite(value).all():
+                    if not all_finite(value):
                         raise MergeError(
                             f"merging adapter {name!r} makes {key!r} non-finite; the weights are unchanged"
                         )
@@ -210,7 +200,19 @@ class AdapterLayer(nn.Module):
         except BaseException:
             self._restore(originals)
             raise
-        self._originals = originals | self._originals
+        self.note_merged(names, originals, keep_originals=keep_originals)
+
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """Return those of ``names`` that live here, innermost first, as they act in forward; refuse what cannot be merged."""
+        order = {name: place for place, name in enumerate(self._active)}
+        names = sorted((name for name in names if name in self.adapters), key=lambda name: order.get(name, len(order)))
+        for name in names:
+            self._check_mergeable(name, names, order)
+        return names
+
+    def note_merged(self, names: Sequence[str], originals: Mapping[str, Tensor], *, keep_originals: bool) -> None:
+        """Know that the adapters ``names`` are in the weights now, which were ``originals`` before."""
+        self._originals = {**originals, **self._originals}
         self._merged += tuple(names)
         if names and not keep_originals:
             self._originals, self._replaced, self._permanent = {}, (), self._merged
@@ -226,10 +228,7 @@ class AdapterLayer(nn.Module):
         """
         self._replaced, self._originals = (self.original_base,), {}
         self.base_layer = module
-        self._merged += tuple(names)
-        if not keep_originals:
-            self._replaced, self._permanent = (), self._merged
-        self._refresh()
+        self.note_merged(names, {}, keep_originals=keep_originals)
 
     def merge_state(self) -> MergeState:
         """Return what is merged here, for :meth:`restore_merge`. Nothing is copied, but what was replaced since stays in memory."""

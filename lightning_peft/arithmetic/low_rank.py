@@ -341,9 +341,17 @@ class LowRankLinear(LowRankAdapter):
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        return self.merged_with(base_layer, weight=self._product())
+
+    def added_product(self, base_layer: nn.Module) -> Product | None:
+        """Return what merging adds to the weight of ``base_layer``; None where that is not all that it changes."""
+        simple = type(self).merged_parameters is LowRankLinear.merged_parameters and not self.tied_parameters
+        return self._product() if simple and self.bias is None else None
+
+    def _product(self) -> Product:
         A, B = (factor.detach() for factor in self.factors())
         delta = Product(self._dense(B), A, self.scaling)  # (out, in)
-        return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
+        return delta.t() if self.transposed else delta
 
 
 class BiasAdapter(LowRankAdapter):

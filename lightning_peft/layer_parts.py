@@ -1,11 +1,15 @@
-"""What is merged at one place, to be had again."""
+"""What an adapter layer hands out and takes in: what is merged there, and who decides about the rows of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning_peft.adapter_layer import AdapterLayer
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,10 @@ class MergeState:
     """The module that merging replaced, if it did."""
     permanent: tuple[str, ...]
     """Names of the adapters that were merged without keeping what they replaced."""
+
+
+class RowRunner(Protocol):
+    """What decides, row by row of a batch, which adapters act at a place."""
+
+    def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what ``layer`` returns for these arguments."""
