@@ -22,18 +22,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from host_latency import METHOD, fill_like, latency_rows
 from host_trainer import trainer_rows
 from paired import Row, Staged, compare, parser, publish
 from torch import nn
 
-from lightning_peft import LoRA, delete_adapter, inject, load_adapter, merge_adapters, save_adapter, unload_adapters
+from lightning_peft import delete_adapter, inject, load_adapter, merge_adapters, save_adapter, unload_adapters
 from lightning_peft.activation import set_active_adapters
 from lightning_peft.adapter_layer import adapter_layers
 from lightning_peft.arithmetic.row_blocks import Product
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHOD = LoRA(rank=8, alpha=16.0)
 
 
 def llama(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
@@ -60,7 +60,11 @@ def large(args: argparse.Namespace) -> Any:
     """The model of 1.1 billion weights in bfloat16, or a small one where ``--hidden`` and ``--layers`` say so; made once."""
     if "large" not in vars(args):
         heads = {"num_attention_heads": max(2, args.hidden // 64), "num_key_value_heads": max(2, args.hidden // 512)}
-        sizes = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 11 // 4, "num_hidden_layers": args.layers}
+        sizes = {
+            "hidden_size": args.hidden,
+            "intermediate_size": args.hidden * 11 // 4,
+            "num_hidden_layers": args.layers,
+        }
         args.large = llama(dtype=torch.bfloat16, vocab_size=args.vocabulary, **sizes, **heads)
         args.about = f"Llama {sum(p.numel() for p in args.large.parameters()) / 1e9:.2g}B bfloat16"
     return args.large
@@ -70,17 +74,6 @@ def config() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)
-
-
-def fill_like(peer: nn.Module, ours: nn.Module, name: str = "default") -> None:
-    """Give both libraries the same adapter, whose B is not zero."""
-    with torch.no_grad():
-        for path, layer in adapter_layers(ours).items():
-            other = peer.base_model.model.get_submodule(path)
-            A, B = (getattr(other, which)[name].weight for which in ("lora_A", "lora_B"))
-            B.normal_(std=0.02)
-            layer.adapters[name].lora_A.copy_(A)
-            layer.adapters[name].lora_B.copy_(B.t())
 
 
 # -- inject ------------------------------------------------------------------------------------------------------------
@@ -137,8 +130,12 @@ def save_rows(args: argparse.Namespace) -> Iterator[Row]:
             gc.collect()
 
         arms = {
-            "HF PEFT": Staged(with_theirs, lambda made: made.save_pretrained(f"{folder}/theirs"), lambda made: made.unload()),
-            "ours": Staged(with_ours, lambda _: save_adapter(model, f"{folder}/ours"), lambda _: unload_adapters(model)),
+            "HF PEFT": Staged(
+                with_theirs, lambda made: made.save_pretrained(f"{folder}/theirs"), lambda made: made.unload()
+            ),
+            "ours": Staged(
+                with_ours, lambda _: save_adapter(model, f"{folder}/ours"), lambda _: unload_adapters(model)
+            ),
         }
         yield from compare(f"save, {args.about}", arms, rounds=args.rounds)
         yield from load_rows(args, folder)
@@ -154,9 +151,7 @@ def load_rows(args: argparse.Namespace, folder: str) -> Iterator[Row]:
             lambda _: made.append(peft.PeftModel.from_pretrained(model, f"{folder}/theirs")),
             lambda _: made.pop().unload(),
         ),
-        "ours": Staged(
-            gc.collect, lambda _: load_adapter(model, f"{folder}/ours"), lambda _: unload_adapters(model)
-        ),
+        "ours": Staged(gc.collect, lambda _: load_adapter(model, f"{folder}/ours"), lambda _: unload_adapters(model)),
         "ours, their folder": Staged(
             gc.collect, lambda _: load_adapter(model, f"{folder}/theirs"), lambda _: unload_adapters(model)
         ),
@@ -191,7 +186,9 @@ def many_rows(args: argparse.Namespace) -> Iterator[Row]:
             peer.set_adapter("last")  # what ours does too
 
         arms = {
-            "HF PEFT": Staged(lambda: (peer.delete_adapter(names[-1]), gc.collect()), theirs, lambda _: back(theirs=True)),
+            "HF PEFT": Staged(
+                lambda: (peer.delete_adapter(names[-1]), gc.collect()), theirs, lambda _: back(theirs=True)
+            ),
             "ours": Staged(
                 lambda: (delete_adapter(model, names[-1]), gc.collect()),
                 lambda _: load_adapter(model, folder, name="last"),
@@ -289,60 +286,14 @@ def merge_errors(model: Any) -> dict[str, float]:
     peer.merge_adapter()
     found = {"HF PEFT": 0.0, "ours": 0.0}
     for path, layer in adapter_layers(block).items():
-        weights = {"ours": layer.base_layer.weight, "HF PEFT": peer.base_model.model.get_submodule(path).base_layer.weight}
+        weights = {
+            "ours": layer.base_layer.weight,
+            "HF PEFT": peer.base_model.model.get_submodule(path).base_layer.weight,
+        }
         for who, weight in weights.items():
             norm = exact[path].norm()
             found[who] = max(found[who], float((weight.detach().double() - exact[path]).norm() / norm))
     return found
-
-
-# -- latency -----------------------------------------------------------------------------------------------------------
-
-
-def latency_rows(args: argparse.Namespace) -> Iterator[Row]:
-    shapes = ((f"1 x 128 of {args.gpt_width} wide", args.gpt_width, 128), ("host-bound, 1 x 16 of 64 wide", 64, 16))
-    for label, width, length in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            arms = latency_arms(width, length, dtype, args.gpt_layers)
-            case = f"unmerged GPT-2, {args.gpt_layers} blocks, {label}, {str(dtype).removeprefix('torch.')}"
-            yield from compare(case, arms, rounds=2 * args.rounds, bound="bare")
-
-
-def latency_arms(width: int, length: int, dtype: torch.dtype, layers: int) -> dict[str, Callable[[], Any]]:
-    """Forward of a bare GPT-2, under HF PEFT and under ours: three models of the same tensors."""
-    import peft
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    sizes = {"n_embd": width, "n_layer": layers, "n_head": max(1, width // 64), "n_positions": length, "vocab_size": 512}
-
-    def made() -> Any:
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(use_cache=False, **sizes)).to(dtype).eval().requires_grad_(False)
-
-    bare, theirs, ours = made(), made(), made()
-    for other in (theirs, ours):
-        for name, parameter in bare.named_parameters():
-            other.get_parameter(name).data = parameter.data
-    names = ["c_attn", "c_proj", "c_fc"]
-    peer = peft.get_peft_model(
-        theirs, peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, fan_in_fan_out=True, task_type="CAUSAL_LM")
-    ).eval()
-    inject(ours, METHOD, names)
-    ours.eval()
-    fill_like(peer, ours)
-    ids = torch.randint(0, 512, (1, length))
-
-    def run(model: Any) -> Callable[[], Any]:
-        def forward() -> Any:
-            with torch.inference_mode():
-                return model(input_ids=ids).logits
-
-        return forward
-
-    found = run(ours)().float(), run(peer)().float(), run(bare)().float()
-    assert (found[0] - found[1]).norm() < (1e-4 if dtype == torch.float32 else 5e-2) * found[1].norm()
-    assert not torch.equal(found[0], found[2])
-    return {"HF PEFT": run(peer), "ours": run(ours), "bare": run(bare)}
 
 
 # -- import ------------------------------------------------------------------------------------------------------------
@@ -359,7 +310,9 @@ def import_rows(args: argparse.Namespace) -> Iterator[Row]:
     def child(code: str) -> Callable[[], float]:
         def run() -> float:
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -202,9 +202,7 @@ def to_json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def write_file(
-    path: Path, content: bytes | memoryview | Iterable[bytes | memoryview], *, last: bool = True
-) -> str:
+def write_file(path: Path, content: bytes | memoryview | Iterable[bytes | memoryview], *, last: bool = True) -> str:
     """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename.
 
     Args:

@@ -183,7 +183,8 @@ class Sample:
     def changed(self) -> bool:
         """Tell whether somebody wrote into the batch, so that what it was is not known any more."""
         return any(
-            tensor._version != version for tensor, version in zip(self._tensors, self._versions, strict=not self._copied)
+            tensor._version != version
+            for tensor, version in zip(self._tensors, self._versions, strict=not self._copied)
         )
 
     def taken(self) -> list[Tensor] | None:

@@ -26,7 +26,8 @@ def sums_in_place(layer: AdapterLayer, names: Sequence[str]) -> list[Product] | 
     weight = layer.base_layer._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or weight.is_inference() or not weight.is_floating_point():
         return None
-    found = [adapter.added_product(layer.base_layer) if hasattr(adapter, "added_product") else None for adapter in adapters]
+    asked = [getattr(adapter, "added_product", None) for adapter in adapters]  # of LoRA; other kinds have none
+    found = [ask(layer.base_layer) for ask in asked if ask is not None]
     products = [product for product in found if product is not None and product.shape == weight.shape]
     if len(products) < len(adapters) or weight._is_view() or not weight.is_contiguous() or weight.is_meta:
         return None

@@ -86,7 +86,9 @@ class KnownRoots:
         same = self._changes == _Records.changes and len(self._ways) >= len(module._modules)
         if not same or any(held.get(name) is not child for held, name, child in self._ways):
             self._changes, self._roots = _Records.changes, adapted_roots(module)
-            self._ways = [(module._modules, name, child) for name, child in module._modules.items() if child is not None]
+            self._ways = [
+                (module._modules, name, child) for name, child in module._modules.items() if child is not None
+            ]
             chosen = {id(root) for root in self._roots}
             for path, inner in module.named_modules():
                 if id(inner) in chosen:

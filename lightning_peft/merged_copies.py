@@ -63,7 +63,9 @@ def merged_copy(
     twin = copy.deepcopy(model, _aliases(model))
     _separate_records(model, twin)
     if wanted:
-        merge_weights(twin, wanted, quantized=quantized, keep_originals=False, in_place=False)  # the memory is that of the model
+        merge_weights(
+            twin, wanted, quantized=quantized, keep_originals=False, in_place=False
+        )  # the memory is that of the model
     unload_adapters(twin)
     if quantized == "dequantize":
         unpack_layers(twin)

@@ -184,7 +184,12 @@ def _merge_layer(
 
 
 def _known_to_go_well(
-    layers: Mapping[str, AdapterLayer], names: Sequence[str], quantized: Quantized, dtype: torch.dtype, *, in_place: bool
+    layers: Mapping[str, AdapterLayer],
+    names: Sequence[str],
+    quantized: Quantized,
+    dtype: torch.dtype,
+    *,
+    in_place: bool,
 ) -> dict[str, list[Product]]:
     """Return what is added to the weights that can be changed in place, by path, after trying out all other merges."""
     sums = {}

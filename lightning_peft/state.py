@@ -302,7 +302,9 @@ def load_adapter(
                 with values_from_file():
                     inject_at(model, injection, name=name, trainable=trainable)
             except LightningPEFTError as error:
-                raise AdapterMismatchError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}") from error
+                raise AdapterMismatchError(
+                    f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}"
+                ) from error
             fill(model, folder, adapters_named(model, name), tensors, check_base=check_base)
         return injection
 

@@ -19,6 +19,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -273,11 +274,12 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d_linear(module: nn.Module) -> bool:
     """Tell whether ``module`` is transformers' ``Conv1D``: a linear layer with weight (in_features, out_features)."""
-    return _is_conv1d(type(module))
+    kind: Any = type(module)
+    return bool(_is_conv1d(kind))
 
 
 @functools.cache
-def _is_conv1d(kind: type) -> bool:
+def _is_conv1d(kind: Any) -> bool:
     # By name, so that this does not import transformers.
     return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in kind.__mro__)
 

@@ -106,7 +106,9 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Tensors may share memory, and be of any layout.
     """
     if sys.byteorder != "little" or not all(tensor.dtype in _DTYPES for tensor in tensors.values()):
-        whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        whole = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
         yield safetensors.torch.save(whole, metadata=dict(metadata))
         return
     places = {dtype: place for place, dtype in enumerate(_DTYPES)}
@@ -122,7 +124,7 @@ def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         if tensors[name].numel():
-            yield memoryview(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            yield tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_names(path: Path, *, inside: Sequence[str] = ()) -> list[str]:

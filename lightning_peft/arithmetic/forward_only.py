@@ -36,7 +36,9 @@ def forward_only(adapter: LowRankLinear, base: Any, x: Tensor) -> Tensor | None:
         return None
     held, own = base._parameters, adapter._parameters
     weight, A, B = held.get("weight"), own.get("lora_A"), own.get("lora_B")
-    if type(weight) not in _PLAIN or type(A) not in _PLAIN or B is None or weight.dtype is not x.dtype:
+    if weight is None or A is None or B is None:
+        return None
+    if type(weight) not in _PLAIN or type(A) not in _PLAIN or weight.dtype is not x.dtype:
         return None
     y = F.linear(x, weight.t() if adapter.transposed else weight, held.get("bias"))
     if not y.is_contiguous():

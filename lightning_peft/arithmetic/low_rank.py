@@ -22,7 +22,7 @@ from lightning_peft.arithmetic.forward_only import forward_only
 from lightning_peft.arithmetic.forward_only import hooked as _hooked
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
-from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
+from lightning_peft.errors import AdapterConfigError, MergeError
 from lightning_peft.initial_values import comes_from_file
 from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.targets import is_conv1d_linear
@@ -190,8 +190,8 @@ class LowRankLinear(LowRankAdapter):
     transposed: bool
     out_features: int
     slices: tuple[Slice, ...]
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815 - as in the formula and in files
+    lora_B: nn.Parameter  # noqa: N815
     _plain: type | None
     direct: type | None
     """The type of layer that :func:`~lightning_peft.arithmetic.forward_only.forward_only` computes with this adapter."""

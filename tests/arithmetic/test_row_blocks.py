@@ -25,7 +25,9 @@ def test_a_sum_in_blocks_is_the_exact_sum_rounded_once(dtype, transposed, monkey
     if dtype.itemsize == 2:  # in a wider one the first is as large as the second
         assert (merged == expected).double().mean() > 0.98
     again = plus(weight, product.whole())
-    assert torch.equal(again, merged) if dtype != torch.float64 else torch.allclose(again, merged, rtol=1e-14, atol=1e-14)
+    assert (
+        torch.equal(again, merged) if dtype != torch.float64 else torch.allclose(again, merged, rtol=1e-14, atol=1e-14)
+    )
 
 
 def test_no_block_is_wider_than_it_may_be(monkeypatch):
