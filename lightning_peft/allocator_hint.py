@@ -31,5 +31,5 @@ def allocator_hint(device: torch.device) -> str | None:
     settings = " ".join(f"{name}={value}" for name, value in VARIABLES.items())
     return (
         "Training runs on a CPU, where glibc gives the memory of large tensors back to the system and meets page faults for the next ones. Start "
-        f"with {settings} to keep it; docs/performance.md has what that brings. The process then holds the memory of its largest step"
+        f"with {settings} to keep it: a step of LoRA on 1,024 tokens with a vocabulary of 32,000 took 12 % less time (docs/performance.md). The process then holds the memory of its largest step"
     )

@@ -38,12 +38,22 @@ def test_one_script_runs_and_both_files_are_there(run, tmp_path, capsys):
     assert written["peers"]["peft"]
 
 
-def test_a_script_that_fails_is_named_and_the_rest_is_written(run, tmp_path, capsys):
-    assert run.main(["--only", "peers", "--output", str(tmp_path), "--", "--no-such-option"]) == 1
+def test_a_script_that_fails_is_named_and_the_rest_is_written(run, tmp_path, capsys, monkeypatch):
+    commands = []
+
+    def fails(command, **options):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 2, stderr="Traceback\nValueError: no such shape\n")
+
+    monkeypatch.setattr(run.subprocess, "run", fails)
+    arguments = ["--only", "peers", "sizes", "--device", "cuda", "--output", str(tmp_path), "--", "--rounds", "7"]
+    monkeypatch.setattr(run, "machine", lambda device: f"a machine with {device}")
+    assert run.main(arguments) == 1
     written = json.loads((tmp_path / "measurements.json").read_text())
-    assert "--no-such-option" in written["failed"]["peers"]
-    assert "ended with 2" in (tmp_path / "measurements.md").read_text()
-    assert "--no-such-option" in capsys.readouterr().err
+    assert set(written["failed"]) == {"peers", "sizes"}
+    assert "ended with 2: ['ValueError: no such shape']" in (tmp_path / "measurements.md").read_text()
+    assert "no such shape" in capsys.readouterr().err
+    assert all(command[-2:] == ["--rounds", "7"] and "cuda" in command for command in commands)
 
 
 def test_every_script_that_is_there_takes_the_common_options(run):
@@ -60,23 +70,3 @@ def test_every_script_that_is_there_takes_the_common_options(run):
                 name,
                 option,
             )
-
-
-def test_the_benchmark_of_host_time_measures_every_case_it_names(tmp_path):
-    file = tmp_path / "rows.json"
-    sizes = ("hidden", 64), ("layers", 1), ("vocabulary", 64), ("gpt_width", 64), ("gpt_layers", 1), ("rounds", 1)
-    small = [part for name, value in sizes for part in (f"--{name}", str(value))]
-    command = [
-        sys.executable,
-        str(FOLDER / "host.py"),
-        *small,
-        "--only",
-        "save",
-        "merge",
-        "latency",
-        "--allocator",
-        "asis",
-    ]
-    subprocess.run([*command, "--json", str(file)], check=True, timeout=100, capture_output=True)
-    cases = {row["case"].split(",")[0] for row in json.loads(file.read_text())["rows"]}
-    assert {"save", "load a new adapter", "merge", "unmerged GPT-2"} <= cases
