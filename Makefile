@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests run in as many processes as there are cores, one thread each.
+# Tests run in as many processes as there are cores, one thread each; those of a file in one process, which makes what they share once.
 JOBS ?= auto
 export HF_HUB_OFFLINE ?= 1
 test check test-launched: export OMP_NUM_THREADS ?= 1
@@ -14,7 +14,7 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Programs of several processes and hosts, which take tens of seconds each; some need Linux and root.
 test-launched: $(STAMP)
@@ -25,7 +25,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

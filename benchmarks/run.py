@@ -52,7 +52,7 @@ SCRIPTS: dict[str, Script] = {
         "--hidden 256 --layers 2 --vocabulary 512 --adapters 8 --many_hidden 64 --gpt_width 128 --gpt_layers 4 --steps 100 --rounds 3",
         cuda=False,
     ),
-    "steps": Script("a step of training", "--rounds 2"),
+    "steps": Script("a step of training", "--cases tiny --rounds 2"),
     "quantized": Script("a step over a quantised base", "--rounds 2"),
     "loss": Script("a loss in chunks", "--hidden 64 --tokens 128 --layers 2 --vocabularies 512 --rounds 2"),
     "sizes": Script("how the cost of a step grows", "--short --rounds 2"),

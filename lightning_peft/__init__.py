@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from lightning_peft.evaluation.forgetting import measure_forgetting as measure_forgetting
     from lightning_peft.families import Fused as Fused
     from lightning_peft.families import ModelFamily as ModelFamily
+    from lightning_peft.fused_blocks import fuse_blocks as fuse_blocks
+    from lightning_peft.fused_blocks import unfuse_blocks as unfuse_blocks
     from lightning_peft.half_precision import FrozenHalfPrecision as FrozenHalfPrecision
     from lightning_peft.hookspecs import hookimpl as hookimpl
     from lightning_peft.injection import Injection as Injection
@@ -73,6 +75,9 @@ if TYPE_CHECKING:
     from lightning_peft.inventory import AdapterInfo as AdapterInfo
     from lightning_peft.inventory import list_adapters as list_adapters
     from lightning_peft.inventory import rename_adapter as rename_adapter
+    from lightning_peft.layer_paths import ComputePath as ComputePath
+    from lightning_peft.layer_paths import ComputePaths as ComputePaths
+    from lightning_peft.layer_paths import compute_paths as compute_paths
     from lightning_peft.loaders import CausalLMLoader as CausalLMLoader
     from lightning_peft.loaders import ImageClassificationLoader as ImageClassificationLoader
     from lightning_peft.loaders import ModelLoader as ModelLoader
@@ -198,6 +203,8 @@ _HOME = {
     "ClassificationDataModule": "data",
     "ClassificationTask": "tasks",
     "Compacter": "plugins.compacter",
+    "ComputePath": "layer_paths",
+    "ComputePaths": "layer_paths",
     "DoRA": "plugins.dora",
     "EVA": "plugins.eva",
     "EvalTask": "interfaces",
@@ -302,12 +309,14 @@ _HOME = {
     "combine_adapters": "adapter_tools.combining",
     "combine_folders": "adapter_tools.combining",
     "communication_cost": "strategies.cost",
+    "compute_paths": "layer_paths",
     "delete_adapter": "surgery",
     "diff_adapters": "adapter_tools.comparing",
     "distil_adapter": "adapter_tools.distilling",
     "drop_adapters": "activation",
     "expert_cost": "strategies.expert_cost",
     "extract_lora": "adapter_tools.conversion",
+    "fuse_blocks": "fused_blocks",
     "get_registry": "registry",
     "gradient_norm": "strategies.clipping",
     "hookimpl": "hookspecs",
@@ -343,6 +352,7 @@ _HOME = {
     "tensors_of": "strategies.cost",
     "to_lora": "adapter_tools.conversion",
     "trainable_summary": "summary",
+    "unfuse_blocks": "fused_blocks",
     "unload_adapters": "surgery",
     "unmerge_adapters": "merging",
 }

@@ -54,6 +54,9 @@ class BadRowError(ConfigError):
         super().__init__(f"{where} {reason}")
         self.kind, self.where, self.reason = kind, where, reason
 
+    def __reduce__(self) -> tuple[type[BadRowError], tuple[str, str, str]]:
+        return type(self), (self.kind, self.where, self.reason)  # so that a process that loads batches can hand it over
+
 
 class TargetError(LightningPEFTError, ValueError):
     """A target matches nothing, or matches a module that the method cannot adapt."""

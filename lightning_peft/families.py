@@ -80,6 +80,9 @@ class ModelFamily:
     """Role to globs on the module path. ``*`` stands for any run of characters but a dot in a family's globs."""
     fused: tuple[Fused, ...] = ()
     """Modules that play several roles at once."""
+    norm: Literal["rms", "rms_offset"] | None = None
+    """What the modules of the role ``norm`` compute where they are no ``nn.LayerNorm``: ``rms`` for weight * (x / rms(x)), ``rms_offset`` for
+    (1 + weight) * x / rms(x)."""
 
     def __post_init__(self) -> None:
         for role in [*self.roles, *(part for fused in self.fused for part in fused.parts)]:

@@ -24,6 +24,7 @@ from lightning_peft.callbacks.resources import ResourceMonitor
 from lightning_peft.composition import Adaptation, holds_several, inject_all, load_adapters, named
 from lightning_peft.errors import ConfigError
 from lightning_peft.fingerprint import check_kind
+from lightning_peft.fused_blocks import fuse_blocks
 from lightning_peft.interfaces import Method
 from lightning_peft.loaders import ModelLoader, loaded, training_also
 from lightning_peft.losses_in_chunks import ChunkedLoss, chunked_loss, with_settings
@@ -78,6 +79,8 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
             loss, and perplexity and the share of right tokens where there are tokens.
         loss_weighting: whether each batch or each predicted token counts the same in a step of the optimizer, over accumulated batches and
             over processes.
+        chunked_loss: whether the model computes its own loss without the logits of the whole batch.
+        fused_blocks: whether norms and MLPs keep less for backward, with the same numbers; see :func:`~lightning_peft.fuse_blocks`.
 
     Raises:
         ConfigError: neither or both of ``method`` and ``adapter`` are given.
@@ -113,6 +116,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         loss_weighting: Literal["batches", "tokens"] = "batches",
         task: Task | None = None,
         chunked_loss: bool | ChunkedLoss = False,
+        fused_blocks: bool = False,
     ) -> None:
         super().__init__()
         check_kind(fingerprint)
@@ -152,7 +156,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
         self.loss_weighting, self.chunked_loss = loss_weighting, with_settings(chunked_loss, loss, task)
         if task is not None and not isinstance(task, Task):
             raise ConfigError(f"task must be a Task such as CausalLMTask(), got {task!r}")
-        self.task, self.metrics = task, nn.ModuleDict()
+        self.task, self.metrics, self.fused_blocks = task, nn.ModuleDict(), fused_blocks
 
     def _save_plain_hyperparameters(self, adapter: str | None) -> None:
         from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -195,7 +199,7 @@ class PEFTModule(Measuring, TokenWeighting, PEFTMixin, LightningModule):
             set_active_adapters(model, [])
             set_row_adapters(model, adapter_names(model))
         # What from_pretrained returns is in eval mode and Lightning would keep it there: no dropout.
-        self.model = model.train()
+        self.model = fuse_blocks(model).train() if self.fused_blocks else model.train()
         self._initialize_from_data()
 
     def _strategy(self) -> object:

@@ -24,6 +24,12 @@ def has_shards(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
+def class_name(module: nn.Module) -> str:
+    """Return the name of the class of ``module``, also where FSDP2 has put it into a class of its own made from that one."""
+    kind, *bases = type(module).__mro__
+    return (bases[1] if bases[0].__name__ == "FSDPModule" else kind).__name__
+
+
 def reshard(model: nn.Module) -> None:
     """Have every unit of FSDP2 in ``model`` show its parts, also one that keeps its gathered parameters after a forward."""
     for module in model.modules():

@@ -67,7 +67,7 @@ from lightning_peft.saved_modules import (
     own_adapters,
 )
 from lightning_peft.scaling import adapter_scale
-from lightning_peft.sharded_parameters import is_sharded
+from lightning_peft.sharded_parameters import class_name, is_sharded
 from lightning_peft.surgery import inject_at
 from lightning_peft.walks import walked_once
 from lightning_peft.weight_files import safetensors_parts
@@ -217,7 +217,7 @@ def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
 
 def _base(model: nn.Module, injection: Injection, *, full: bool) -> dict[str, Any]:
     described = fp.to_json(model, packed=injection.method.exact_packed_base, full=full)
-    return {"name_or_path": base_name(model), "class": type(model).__name__, **described}
+    return {"name_or_path": base_name(model), "class": class_name(model), **described}
 
 
 def base_name(model: nn.Module) -> str | None:

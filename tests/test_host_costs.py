@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft import LoRA, adapter_layers, inject, load_adapter, merge_adapters, save_adapter, unload_adapters
 from lightning_peft.adapter_layer import base_parameters
-from lightning_peft.arithmetic import forward_only as room
 from lightning_peft.arithmetic.row_blocks import BLOCK
 from lightning_peft.errors import MergeError
 from lightning_peft.initial_values import comes_from_file
@@ -85,18 +84,7 @@ def test_a_forward_that_keeps_nothing_returns_what_a_training_forward_does(shape
         assert torch.allclose(turned.transpose(0, -2)[0], found, rtol=2e-2, atol=5e-2)
 
 
-def test_few_tokens_in_16_bits_are_nearer_to_the_exact_update_than_a_training_forward():
-    _, ours, _ = both(dtype=torch.bfloat16)
-    x = torch.randn(16, 32).bfloat16()
-    layer = ours[0].adapters["default"]
-    base = ours[0].base_layer(x).double()
-    exact = base + layer.scaling * x.double() @ layer.lora_A.double().t() @ layer.lora_B.double()
-    with torch.no_grad():
-        quick = ours(x).double()
-    assert (quick - exact).norm() < (ours(x).detach().double() - exact).norm()
-
-
-def test_a_forward_that_keeps_nothing_is_left_where_somebody_listens_or_casts(monkeypatch):
+def test_a_forward_that_keeps_nothing_is_left_where_somebody_listens_or_casts():
     _, ours, _ = both()
     x, seen = torch.randn(4, 32), []
     with torch.no_grad():
@@ -112,12 +100,6 @@ def test_a_forward_that_keeps_nothing_is_left_where_somebody_listens_or_casts(mo
     assert not torch.allclose(doubled, expected)
     assert cast.dtype == torch.bfloat16
     assert torch.allclose(cast.float(), expected, rtol=5e-2, atol=1e-1)
-    monkeypatch.setattr(room, "FEW", 0)  # and a 16-bit layer takes the products of 16 bits
-    _, half, _ = both(dtype=torch.bfloat16)
-    x = x.bfloat16()
-    with torch.no_grad(), Operations() as counted:
-        half(x)
-    assert counted.names.count("_to_copy") == 2  # A and B
 
 
 def test_injecting_copies_nothing_of_the_base_and_makes_the_adapters_only(paired):

@@ -318,10 +318,9 @@ def test_a_probe_says_how_far_the_merged_model_is():
     inject(model, LoRA(rank=2), "all_linear")
     shake(model)
     x = X.bfloat16()
-    with torch.no_grad():
-        out = model(x)
-        report = merge_adapters(model, probe=x)
-        off = (model(x).float() - out.float()).abs()
+    out = model(x)
+    report = merge_adapters(model, probe=x)
+    off = (model(x).float() - out.float()).abs()
     assert report.max_logit_error == off.max().item() > 0
     assert report.mean_logit_error == off.mean().item()
     assert report.max_logit == out.abs().max().item()

@@ -3,9 +3,6 @@
 ::
 
     y = x W^T + b;  y += s (A x^T)^T B        x: (tokens, in)   W: (out, in)   A: (rank, in)   B: (rank, out)
-
-With few tokens on a CPU, what an operation costs to start counts for more than what it computes, and products of 16-bit numbers cost
-several times as much to start as those of float32: there the update is computed in float32 and rounded once, with its sum.
 """
 
 from __future__ import annotations
@@ -19,8 +16,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
-FEW = 2**16
-"""Numbers in input and output up to which a CPU computes the update of a 16-bit layer in float32."""
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -44,11 +39,8 @@ def forward_only(adapter: LowRankLinear, base: Any, x: Tensor) -> Tensor | None:
     if not y.is_contiguous():
         return None
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-    dtype = y.dtype
-    if dtype is A.dtype is x.dtype:
+    if y.dtype is A.dtype is x.dtype:
         out.addmm_(torch.mm(A, rows.t()).t(), B, alpha=adapter.scaling)
-    elif A.dtype is torch.float32 and x.is_cpu and dtype.itemsize == 2 and rows.numel() + out.numel() <= FEW:
-        out.add_(torch.mm(torch.mm(A, rows.float().t()).t(), B), alpha=adapter.scaling)
     else:
         adapter._update(rows, out, in_place=True)
     return y

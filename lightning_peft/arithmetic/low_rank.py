@@ -2,7 +2,7 @@
 
 A linear layer's B is held transposed, (rank, out): with ``h = A x^T`` held as (rank, tokens), every thin product of
 forward and backward then meets the matrix library in its fast layout. Files hold the usual (out, rank). The input is
-never copied to the dtype of the adapter; the small matrices are cast to the dtype of the output instead.
+never copied to the dtype of the adapter, but for few tokens (``product_dtype``); the small matrices are cast to that of the output instead.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_peft.arithmetic.dropped_parts import dropped_part
 from lightning_peft.arithmetic.forward_only import forward_only
 from lightning_peft.arithmetic.forward_only import hooked as _hooked
+from lightning_peft.arithmetic.lean_linear import add_product, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
 from lightning_peft.errors import AdapterConfigError, MergeError
@@ -193,6 +194,7 @@ class LowRankLinear(LowRankAdapter):
     lora_A: nn.Parameter  # noqa: N815 - as in the formula and in files
     lora_B: nn.Parameter  # noqa: N815
     _plain: type | None
+    own_update: bool
     direct: type | None
     """The type of layer that :func:`~lightning_peft.arithmetic.forward_only.forward_only` computes with this adapter."""
 
@@ -210,6 +212,7 @@ class LowRankLinear(LowRankAdapter):
             out_features=out_features,
             slices=slices,
             file_rank=file_rank,
+            own_update=kind._update is own._update,
             _plain=type(module) if exact else None,
             direct=type(module) if exact and simple and not slices and self.bias is None else None,
         )
@@ -244,6 +247,8 @@ class LowRankLinear(LowRankAdapter):
             y = forward_only(self, base, x)
             if y is not None:
                 return y
+        if (y := lean_forward(self, base, x)) is not None:
+            return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
             y = self._update(x.reshape(-1, x.shape[-1]), y, in_place=True)
@@ -254,10 +259,14 @@ class LowRankLinear(LowRankAdapter):
 
     def computed(self, base: Callable[..., Any], x: Tensor) -> Tensor | None:
         """Return what ``base`` makes of x (..., in), a new (tokens, out); None where it must be called."""
+        held = self.weights_of(base)
+        return None if held is None else F.linear(x.reshape(-1, x.shape[-1]), *held)
+
+    def weights_of(self, base: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight (out, in) and the bias that ``base`` multiplies with and adds; None where it must be called."""
         if type(base) is not self._plain or _hooked(base):
             return None
-        weight: Tensor = base.weight.t() if self.transposed else base.weight  # type: ignore[attr-defined]  # (out, in)
-        return F.linear(x.reshape(-1, x.shape[-1]), weight, base.bias)  # type: ignore[attr-defined]
+        return base.weight.t() if self.transposed else base.weight, base.bias  # type: ignore[attr-defined]
 
     @override
     def grouped_rows(self) -> Callable[..., Any] | None:
@@ -284,12 +293,11 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
-        A, B, x = (tensor.to(y.dtype) for tensor in (*self.factors(), x))
+        dtype = product_dtype(x, y)
+        A, B, x = (tensor.to(dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)
         if not self.slices:
-            if in_place:
-                return y.addmm_(h.t(), B, alpha=self.scaling)
-            return torch.addmm(y, h.t(), B, alpha=self.scaling)
+            return add_product(y, h.t(), B, self.scaling, in_place=in_place)
         y = y if in_place else y.clone()
         widths = [part.features for part in self.slices]
         for part, rows, columns in zip(

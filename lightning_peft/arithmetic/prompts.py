@@ -5,7 +5,8 @@ The adapter stands around the backbone, inside the model with the head::
     input_ids ── embedding ── [P; x_1 ... x_L] ── blocks ── [h_P; h_1 ... h_L] ── cut ── h_1 ... h_L ── head, loss
                                P: (num_virtual_tokens, hidden), trained
 
-What leaves the backbone has the length of what went in, so heads, labels and losses around it need no change. With a cache of
+What leaves the backbone has the length of what went in, so heads, labels and losses around it need no change. A head that classifies
+a sequence by the first token of an encoder gets ``h_P1`` in place of ``h_1``: what comes first there is a virtual token. With a cache of
 keys and values the virtual tokens are put in front of the first call, whose cache is empty, and stay in the cache.
 """
 
@@ -50,6 +51,8 @@ class PromptAdapter(Adapter):
         self.num_virtual_tokens = num_virtual_tokens
         # Whether their hidden states are cut off again: not by an encoder, which hands them to its decoder.
         self.cut = True
+        # Whether the head reads the first place alone, to classify a sequence: that of a virtual token.
+        self.first_is_read = False
         self.features: int = embedding.embedding_dim
         self.device: torch.device = embedding.weight.device
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
@@ -161,8 +164,10 @@ class PromptAdapter(Adapter):
 
     def _cut(self, result: Any, module: Any, rows: int, length: int) -> None:
         """Cut the virtual tokens off what the backbone returns."""
-        n = self.num_virtual_tokens
-        result["last_hidden_state"] = result["last_hidden_state"][:, n:]  # (batch, length, hidden)
+        n, states = self.num_virtual_tokens, result["last_hidden_state"]
+        result["last_hidden_state"] = states[:, n:]  # (batch, length, hidden)
+        if self.first_is_read:
+            result["last_hidden_state"] = torch.cat([states[:, :1], states[:, n + 1 :]], dim=1)
         if result.get("hidden_states") is not None:
             result["hidden_states"] = tuple(states[:, n:] for states in result["hidden_states"])
         for key in ("attentions", "cross_attentions"):
@@ -173,7 +178,8 @@ class PromptAdapter(Adapter):
                 logits.reshape(rows, n + length, -1)[:, n:].reshape(*logits.shape[:-2], -1, logits.shape[-1])
                 for logits in result["router_logits"]
             )
-        if result.get("pooler_output") is not None and getattr(module, "pooler", None) is not None:
+        pooled = result.get("pooler_output") is not None and getattr(module, "pooler", None) is not None
+        if pooled and not self.first_is_read:
             result["pooler_output"] = module.pooler(result["last_hidden_state"])
 
 
@@ -253,10 +259,11 @@ class PromptMethod(Method):
 
     @override
     def connect(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-        for adapter in adapters.values():
+        for path, adapter in adapters.items():
             if isinstance(adapter, PromptAdapter):
                 adapter.cut = len(adapters) == 1
                 adapter.hands_on = not adapter.cut
+                adapter.first_is_read = adapter.cut and not adapter.causal and _reads_the_first(model, path)
 
     # -- files: one tensor, as HF PEFT has it --------------------------------------------------------------------------
 
@@ -315,6 +322,13 @@ _HF_UNDERSTOOD = frozenset(
         "num_transformer_submodules",
     ]
 )
+
+
+def _reads_the_first(model: nn.Module, path: str) -> bool:
+    """Tell whether the model around the backbone at ``path`` classifies a sequence by its first token, as those of encoders do."""
+    around: Any = model.get_submodule(path.rpartition(".")[0])
+    pooling = getattr(getattr(around, "config", None), "classifier_pooling", "cls")  # of ModernBERT: cls or mean
+    return type(around).__name__.endswith("ForSequenceClassification") and pooling == "cls"
 
 
 def _cached_length(cache: Any) -> int:

@@ -13,12 +13,14 @@ drops the thoughts of earlier turns, ...) is refused: no mask of it could be tol
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_peft.batch_parts import IGNORED
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.reading import Row
 
 Spans = list[tuple[int, int]]
 """Characters from the first to before the second."""
@@ -72,19 +74,56 @@ def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise BadRowError("malformed", where, f"has a message without a role: {message!r}")
         if message.get("content") is None and not message.get("tool_calls"):
             raise BadRowError("malformed", where, f"has a message without content: {message!r}")
+    messages = [{**message, "content": _text_of(message, where)} for message in messages]
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers or not all(message.get("tool_calls") or str(message["content"]).strip() for message in answers):
         raise BadRowError("empty", where, "has no answer of the assistant, or an empty one")
-    return [dict(message) for message in messages]
+    # Data sets of the hub have all fields in all messages, and None where one has none; templates ask whether a field is there.
+    return [
+        {name: value for name, value in message.items() if value is not None or name == "content"}
+        for message in messages
+    ]
 
 
-def conversation_labels(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[int]]:
+def _text_of(message: Mapping[str, Any], where: str) -> Any:
+    """Return the content of a message; that in parts, ``[{"type": "text", "text": "Hi"}]``, as one text."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        if content is None or isinstance(content, str) or message["role"] not in ("system", "user", "assistant"):
+            return content
+        raise BadRowError("malformed", where, f"has a {type(content).__name__} as the content of a message, not text")
+    for part in content:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise BadRowError("malformed", where, f"has a message with a part that is no text: {part!r}")
+    return "".join(part["text"] for part in content)
+
+
+def tools_of(row: Row) -> list[Any]:
+    """Return the tools that a row says the assistant has, which may be written as JSON; none if it does not.
+
+    Raises:
+        BadRowError: they are no list.
+    """
+    tools = row.values.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise BadRowError("malformed", row.where, f"has 'tools' that are not JSON: {error}") from error
+    if tools and not isinstance(tools, list):
+        raise BadRowError("malformed", row.where, f"has a {type(tools).__name__} as 'tools', not a list")
+    return tools or []
+
+
+def conversation_labels(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str, tools: Sequence[Any] = ()
+) -> tuple[list[int], list[int]]:
     """Return the tokens of a conversation and their labels: those of the assistant's turns are predicted.
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
         messages: as ``apply_chat_template`` takes them.
         where: the place of the row, for messages.
+        tools: what the template says the assistant may call.
 
     Raises:
         ConfigError: there is no chat template, or it does not tell turns apart.
@@ -97,9 +136,9 @@ def conversation_labels(tokenizer: Any, messages: list[dict[str, Any]], where: s
             "the tokenizer has no chat template; give chat_template=, a file with that of the model, or a model that was tuned for chat"
         )
     if _MARKS.search(template):
-        return _marked(tokenizer, messages, where)
-    spans = assistant_spans(tokenizer, messages, where)
-    text = _rendered(tokenizer, messages, where)
+        return _marked(tokenizer, messages, where, tools)
+    spans = assistant_spans(tokenizer, messages, where, tools)
+    text = _rendered(tokenizer, messages, where, tools)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     labels = token_labels(encoded, spans)
     for start, end in spans:
@@ -108,10 +147,12 @@ def conversation_labels(tokenizer: Any, messages: list[dict[str, Any]], where: s
     return list(encoded["input_ids"]), labels
 
 
-def _marked(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[int]]:
+def _marked(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str, tools: Sequence[Any]
+) -> tuple[list[int], list[int]]:
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            messages, tools=list(tools) or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
     except _template_errors() as error:
         raise BadRowError("malformed", where, f"is refused by the chat template: {error}") from error
@@ -121,13 +162,13 @@ def _marked(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> tuple
     return ids, [one if kept else IGNORED for one, kept in zip(ids, mask, strict=True)]
 
 
-def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> Spans:
+def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]], where: str, tools: Sequence[Any] = ()) -> Spans:
     """Return where in the text of a conversation the turns of the assistant stand, without the prompts for them.
 
     Raises:
         ConfigError: the text of some turns does not begin that of the whole conversation.
     """
-    whole = _rendered(tokenizer, messages, where)
+    whole = _rendered(tokenizer, messages, where, tools)
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -136,8 +177,8 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]], where: str) 
             raise BadRowError(
                 "malformed", where, "begins with an answer, so that it cannot be told where its text starts"
             )
-        before = _rendered(tokenizer, messages[:number], where, prompt=True)
-        after = _rendered(tokenizer, messages[: number + 1], where)
+        before = _rendered(tokenizer, messages[:number], where, tools, prompt=True)
+        after = _rendered(tokenizer, messages[: number + 1], where, tools)
         if not whole.startswith(after) or not after.startswith(before):
             raise ConfigError(
                 f"{where}: the chat template writes turn {number + 1} in another way where the conversation ends there, so it cannot be told "
@@ -148,9 +189,13 @@ def assistant_spans(tokenizer: Any, messages: list[dict[str, Any]], where: str) 
     return spans
 
 
-def _rendered(tokenizer: Any, messages: list[dict[str, Any]], where: str, prompt: bool = False) -> str:
+def _rendered(
+    tokenizer: Any, messages: list[dict[str, Any]], where: str, tools: Sequence[Any], prompt: bool = False
+) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text = tokenizer.apply_chat_template(
+            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+        )
     except _template_errors() as error:
         raise BadRowError("malformed", where, f"is refused by the chat template: {error}") from error
     return str(text)

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.collating import padded
 from lightning_peft.data.examples import Example
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class MultipleChoiceDataModule(TokenizedDataModule):
     """A question and some answers, one of which is right, for the ``ForMultipleChoice`` models of transformers.
 
-    Batches are ``{"input_ids", "attention_mask"}``, each (batch, choices, longest), and ``labels`` (batch,). All rows have as many choices.
+    Batches are ``{"input_ids", "attention_mask"}``, each (batch, choices, longest), and ``labels`` (batch,); where the
+    tokenizer tells question and answer apart and the model takes that, as BERT does, also ``token_type_ids``. All rows have as many choices.
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
@@ -28,7 +30,8 @@ class MultipleChoiceDataModule(TokenizedDataModule):
         val: file to evaluate on, or several by name.
         question_field: the field of the question.
         choices_field: the field of the answers: a list, or several fields of one answer each.
-        label_field: the field with the number of the right one, from 0.
+        label_field: the field with the right one: its number from 0, or its text. Where choices have labels of their own, as
+            ARC's have on the hub (``{"text": [...], "label": ["A", ...]}``), one of those.
         num_choices: how many answers a row has; those of the first row if None.
         max_length: tokens of a question with an answer; longer ones are cut, or refused: see ``on_bad_rows``.
         options: arguments of :class:`RowsDataModule`.
@@ -57,6 +60,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
     @override
     def prepare(self) -> None:
         super().prepare()
+        self.check_room(self.max_length, pair=True)
         if self.num_choices is None:
             name, source = next(iter(self._train.items()))
             for row in self.read(name, source, BadRows("report")):
@@ -73,26 +77,51 @@ class MultipleChoiceDataModule(TokenizedDataModule):
         Raises:
             BadRowError: a field is missing, or there are fewer or more answers than in other rows, or none of that number.
         """
-        question, choices, label = row.text(self.question_field), self._choices(row), row.field(self.label_field)
+        question, choices = row.text(self.question_field), self._choices(row)
         if self.num_choices is not None and len(choices) != self.num_choices:
             raise BadRowError(
                 "malformed", row.where, f"has {len(choices)} choices, and num_choices is {self.num_choices}"
             )
-        label = int(label) if isinstance(label, str) and label.isdecimal() else label
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-            raise BadRowError("malformed", row.where, f"has {label!r} as the right one of {len(choices)} choices")
-        ids = [self.loaded_tokenizer(question, choice, verbose=False)["input_ids"] for choice in choices]
-        longest = max(ids, key=len)
-        if self.cut(longest, self.max_length, row, bad_rows) < len(longest):
+        label = self._right(choices, row)
+        tokens = [self.encoded(question, choice, verbose=False) for choice in choices]
+        longest = max((one["input_ids"] for one in tokens), key=len)
+        if len(longest) > self.max_length:
             # The answer is what the choices differ in, so the question is cut.
             only = {"truncation": "only_first", "max_length": self.max_length}
             try:
-                ids = [self.loaded_tokenizer(question, choice, **only)["input_ids"] for choice in choices]
+                tokens = [self.encoded(question, choice, **only) for choice in choices]
             except Exception as error:  # the library of tokenizers has no error of its own
                 raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens") from error
-            if any(len(one) > self.max_length for one in ids):
+            if any(len(one["input_ids"]) > self.max_length for one in tokens):
                 raise BadRowError("empty", row.where, f"has an answer of more than {self.max_length} tokens")
-        return {"input_ids": ids, "labels": label}
+            self.cut(longest, self.max_length, row, bad_rows)
+        return {**{name: [one[name] for one in tokens] for name in tokens[0]}, "labels": label}
+
+    def _right(self, choices: list[str], row: Row) -> int:
+        """Return the number of the right choice."""
+        label, given = row.field(self.label_field), row.values.get(str(self.choices_field))
+        names = given.get("label") if isinstance(given, dict) else None
+        own = names if isinstance(names, list) and len(names) == len(choices) else []  # "1" may be the first of them
+        found = [number for number, name in enumerate(own) if str(name) == str(label)]
+        if not found:
+            found = [number for number, choice in enumerate(choices) if choice == label]
+            number = int(label) if isinstance(label, str) and label.isdecimal() else label
+            if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices):
+                found.append(number)
+        if len(set(found)) != 1:
+            what = "which is the text of one and the number of another" if found else "which is none of them"
+            raise BadRowError(
+                "malformed", row.where, f"has {label!r} as the right one of {len(choices)} choices, {what}"
+            )
+        return found[0]
+
+    @override
+    def text_of(self, row: Row) -> str:
+        """Return the question with its choices: questions such as "Which is true?" differ in these."""
+        try:
+            return " ".join([str(row.values.get(self.question_field)), *self._choices(row)])
+        except BadRowError:
+            return super().text_of(row)
 
     def _choices(self, row: Row) -> list[str]:
         if isinstance(self.choices_field, list):
@@ -108,7 +137,7 @@ class MultipleChoiceDataModule(TokenizedDataModule):
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return ChoiceCollator(self.pad_id)
+        return ChoiceCollator(self.pad_id, dict(self.fillers)["token_type_ids"], self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
@@ -125,13 +154,19 @@ class ChoiceCollator:
     """Batches of several token sequences a row."""
 
     pad: int
+    pad_type: int = 0
+    unused: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
-        """Return ``input_ids`` and ``attention_mask`` (batch, choices, longest), and ``labels`` (batch,)."""
-        rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
+        """Return ``input_ids``, ``attention_mask`` and perhaps ``token_type_ids`` (batch, choices, longest), and ``labels`` (batch,)."""
+
+        def rows(name: str) -> list[Tensor]:
+            return [torch.tensor(ids) for example in examples for ids in example[name]]
+
+        columns = {"input_ids": padded(rows("input_ids"), self.pad)}
+        columns["attention_mask"] = padded([torch.ones_like(row) for row in rows("input_ids")], 0)
+        if "token_type_ids" in examples[0].keys() - set(self.unused):
+            columns["token_type_ids"] = padded(rows("token_type_ids"), self.pad_type)
         shape = (len(examples), len(examples[0]["input_ids"]), -1)
-        return {
-            "input_ids": padded(rows, self.pad).view(shape),
-            "attention_mask": padded([torch.ones_like(row) for row in rows], 0).view(shape),
-            "labels": torch.tensor([int(example["labels"]) for example in examples]),
-        }
+        labels = torch.tensor([int(example["labels"]) for example in examples])
+        return {**{name: column.view(shape) for name, column in columns.items()}, "labels": labels}

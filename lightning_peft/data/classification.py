@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.chat import check_fast
 from lightning_peft.data.collating import SequenceCollator
 from lightning_peft.data.examples import Example
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class LabelledDataModule(TokenizedDataModule):
@@ -27,7 +28,8 @@ class LabelledDataModule(TokenizedDataModule):
         val: file to evaluate on, or several by name.
         label_field: the field of the label.
         labels: names of the labels, in the order of their numbers; found in the training rows if None: words in alphabetical
-            order, numbers as they are.
+            order, numbers as they are. A number in a row is the label of that name where names are numbers, its place among them
+            elsewhere; it may be written as a text, as it is in a ``.csv``, or be true or false.
         max_length: tokens of a row; longer ones are cut at the end, or refused: see ``on_bad_rows``.
         options: arguments of :class:`RowsDataModule`.
     """
@@ -52,7 +54,7 @@ class LabelledDataModule(TokenizedDataModule):
             raise ConfigError(f"{type(self).__name__} labels must be different names, got {labels!r}")
         if labels is None and self.streaming:
             raise ConfigError("streaming=True never reads all rows, in which labels are found; give labels=")
-        self.label_field, self.max_length, self.label_names = label_field, max_length, list(labels or ())
+        self.label_field, self.max_length, self.label_names = label_field, max_length, list(map(str, labels or ()))
 
     @property
     def num_labels(self) -> int:
@@ -74,7 +76,7 @@ class LabelledDataModule(TokenizedDataModule):
 
     def labels_in(self, value: Any) -> Iterable[Any]:
         """Return the labels in a label field; values that are none are left out."""
-        return [value] if isinstance(value, (str, int)) and not isinstance(value, bool) else []
+        return [value] if isinstance(value, str) or number_of(value) is not None else []
 
     def label_id(self, value: Any, row: Row) -> int:
         """Return the number of a label.
@@ -82,15 +84,32 @@ class LabelledDataModule(TokenizedDataModule):
         Raises:
             BadRowError: it is none.
         """
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(self.label_names):
-            return value
-        if isinstance(value, str) and value in self.label_names:
-            return self.label_names.index(value)
+        number = number_of(value)
+        name = value if isinstance(value, str) else None if number is None else str(number)
+        if name in self.label_names:
+            return self.label_names.index(name)
+        words = all(number_of(one) is None for one in self.label_names)
+        if words and number is not None and 0 <= number < len(self.label_names):
+            return number
         near = did_you_mean(value, self.label_names) if isinstance(value, str) else ""
         names = ", ".join(self.label_names[:10]) + (", ..." if len(self.label_names) > 10 else "")
         raise BadRowError(
             "malformed", row.where, f"has the unknown label {value!r}{near or '.'} The labels are: {names}"
         )
+
+
+def number_of(value: Any) -> int | None:
+    """Return a whole number that is written as one, as a text, or as true or false; None for anything else.
+
+    Example:
+        >>> [number_of(value) for value in (3, "12", 2.0, True, "-1", "007", "x", 0.5, None)]
+        [3, 12, 2, 1, -1, None, None, None, None]
+    """
+    if isinstance(value, (int, float)):
+        return int(value) if value == value // 1 else None
+    if not isinstance(value, str) or not value.removeprefix("-").isdecimal():
+        return None
+    return int(value) if str(int(value)) == value else None
 
 
 def named_labels(values: Iterable[Any], field: str, source: str) -> list[str]:
@@ -100,13 +119,14 @@ def named_labels(values: Iterable[Any], field: str, source: str) -> list[str]:
         ConfigError: there are none, or words and numbers.
 
     Example:
-        >>> named_labels({"b", "a"}, "label", "a.jsonl"), named_labels({0, 2}, "label", "a.jsonl")
+        >>> named_labels({"b", "a"}, "label", "a.jsonl"), named_labels({0, "2"}, "label", "a.jsonl")
         (['a', 'b'], ['0', '1', '2'])
     """
     values = set(values)
-    if values and all(isinstance(value, int) and value >= 0 for value in values):
-        return [str(number) for number in range(max(values) + 1)]
-    if values and all(isinstance(value, str) for value in values):
+    numbers = [number for value in values if (number := number_of(value)) is not None]
+    if values and len(numbers) == len(values) and min(numbers) >= 0:
+        return [str(number) for number in range(max(numbers) + 1)]
+    if values and not numbers:
         return sorted(values)
     raise ConfigError(
         f"the field {field!r} of {source} holds {'no labels' if not values else 'words as well as numbers, or negative ones'}; "
@@ -117,7 +137,8 @@ def named_labels(values: Iterable[Any], field: str, source: str) -> list[str]:
 class ClassificationDataModule(LabelledDataModule):
     """Texts, or pairs of texts, with a label or a number.
 
-    Batches are ``{"input_ids", "attention_mask"}``, each (batch, longest), and ``labels`` (batch,).
+    Batches are ``{"input_ids", "attention_mask"}``, each (batch, longest), and ``labels`` (batch,); where the tokenizer tells the texts of a
+    pair apart and the model takes that, as BERT does, also ``token_type_ids`` (batch, longest).
 
     Args:
         tokenizer: folder or hub id of the tokenizer.
@@ -146,6 +167,22 @@ class ClassificationDataModule(LabelledDataModule):
             raise ConfigError(f"regression=True predicts numbers, which have no names; leave out {self.label_names!r}")
 
     @override
+    def prepare(self) -> None:
+        super().prepare()
+        self.check_room(self.max_length, pair=self.pair_field is not None)
+
+    @property
+    @override
+    def pad_id(self) -> int:
+        """The id that the model takes for padding, where it says one: decoders classify by the last token before it."""
+        known = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        return int(known) if isinstance(known, int) and known >= 0 else super().pad_id
+
+    @override
+    def text_of(self, row: Row) -> str:
+        return " ".join(str(row.values.get(name, "")) for name in (self.text_field, self.pair_field) if name)
+
+    @override
     def _found(self) -> list[str]:
         return [] if self.regression else super()._found()
 
@@ -158,15 +195,15 @@ class ClassificationDataModule(LabelledDataModule):
         """
         texts = [row.text(self.text_field), *([row.text(self.pair_field)] if self.pair_field else [])]
         label = self._number(row) if self.regression else self.label_id(row.field(self.label_field), row)
-        ids = self.loaded_tokenizer(*texts, verbose=False)["input_ids"]
-        if self.cut(ids, self.max_length, row, bad_rows) < len(ids):
-            ids = self.loaded_tokenizer(*texts, truncation=True, max_length=self.max_length)["input_ids"]
-        return {"input_ids": ids, "labels": label}
+        tokens = self.encoded(*texts, verbose=False)
+        if self.cut(tokens["input_ids"], self.max_length, row, bad_rows) < len(tokens["input_ids"]):
+            tokens = self.encoded(*texts, truncation=True, max_length=self.max_length)
+        return {**tokens, "labels": label}
 
     def _number(self, row: Row) -> float:
         value = row.field(self.label_field)
         try:
-            if is_number(value) or isinstance(value, str):
+            if (is_number(value) or isinstance(value, str)) and math.isfinite(float(value)):
                 return float(value)
         except ValueError:
             pass
@@ -174,7 +211,7 @@ class ClassificationDataModule(LabelledDataModule):
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return SequenceCollator(self.pad_id)
+        return SequenceCollator(self.pad_id, self.fillers, self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
@@ -214,12 +251,21 @@ class TokenClassificationDataModule(LabelledDataModule):
         super().__init__(tokenizer, train, val, label_field=label_field, **options)
         if label_tokens not in ("first", "all"):
             raise ConfigError(f"TokenClassificationDataModule label_tokens must be first or all, got {label_tokens!r}")
-        self.words_field, self.label_tokens = words_field, label_tokens
+        self.words_field, self.label_tokens, self._glues = words_field, label_tokens, False
 
     @override
     def prepare(self) -> None:
         super().prepare()
         check_fast(self.loaded_tokenizer)
+        tokenizer = self.loaded_tokenizer
+        words, text = tokenizer(["a", "b"], is_split_into_words=True), tokenizer("a b")
+        # Those of GPT-2, RoBERTa and their like read words as one long word if nothing stands between them.
+        self._glues = words["input_ids"] != text["input_ids"]
+
+    @override
+    def text_of(self, row: Row) -> str:
+        words = row.values.get(self.words_field)
+        return " ".join(map(str, words)) if isinstance(words, list) else ""
 
     @override
     def labels_in(self, value: Any) -> Iterable[Any]:
@@ -245,20 +291,22 @@ class TokenClassificationDataModule(LabelledDataModule):
             found = f"{len(names)} labels" if isinstance(names, list) else f"a {type(names).__name__}"
             raise BadRowError("malformed", row.where, f"has {len(words)} words and {found} as {self.label_field!r}")
         numbers = [self.label_id(name, row) for name in names]
+        if self._glues:
+            words = [words[0], *(f" {word}" for word in words[1:])]
         encoded = self.loaded_tokenizer(words, is_split_into_words=True, verbose=False)
         ids, of = list(encoded["input_ids"]), encoded.word_ids()
         labels = [
             numbers[word] if word is not None and (self.label_tokens == "all" or word != before) else IGNORED
             for word, before in zip(of, [None, *of], strict=False)
         ]
+        if all(label == IGNORED for label in labels[: self.max_length]):
+            raise BadRowError("empty", row.where, f"has no token with a label among its first {self.max_length}")
         kept = self.cut(ids, self.max_length, row, bad_rows)
-        if all(label == IGNORED for label in labels[:kept]):
-            raise BadRowError("empty", row.where, "has no token with a label")
         return {"input_ids": ids[:kept], "labels": labels[:kept]}
 
     @override
     def collator(self) -> Callable[[list[Example]], dict[str, Any]]:
-        return SequenceCollator(self.pad_id)
+        return SequenceCollator(self.pad_id, self.fillers, self.unused)
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:

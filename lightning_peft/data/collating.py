@@ -53,10 +53,12 @@ class SequenceCollator:
     Args:
         pad: id of the padding token.
         padding: what other fields that are sequences are filled up with; their names are the columns.
+        unused: fields that are no columns.
     """
 
     pad: int
     padding: tuple[tuple[str, int], ...] = (("labels", IGNORED),)
+    unused: tuple[str, ...] = ()
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """Return ``input_ids`` and ``attention_mask`` (batch, longest), and the other columns."""
@@ -67,6 +69,8 @@ class SequenceCollator:
         }
         fillers = dict(self.padding)
         for name in examples[0]:
+            if name in self.unused:
+                continue
             values = [example[name] for example in examples]
             if name in fillers and isinstance(values[0], Tensor):
                 batch[name] = padded(values, fillers[name])

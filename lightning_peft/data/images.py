@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import TRAIN, RowsDataModule
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -25,7 +25,8 @@ class ImageFolderDataModule(RowsDataModule):
     """Images to classify: ``train/cat/1.png`` is a cat.
 
     Batches are ``{"pixel_values": (batch, 3, height, width), "labels": (batch,)}``. Images are opened once at the start, so that one that is
-    none is told with its file, and read when a batch needs them. Rows are numbered in the order of the paths.
+    none is told with its file, and read when a batch needs them. Rows are numbered in the order of the paths; files and folders whose
+    names begin with a dot are passed over. Images are turned the way up that their camera says.
 
     Args:
         train: folder with a folder for each class.
@@ -87,7 +88,7 @@ class ImageFolderDataModule(RowsDataModule):
         """Yield the images of a folder, as rows with a file and a label."""
         number = 0
         for folder in _folders(source):
-            for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES):
+            for file in _images(folder):
                 number += 1
                 yield Row({"file": str(file), "label": folder.name}, str(file), number)
 
@@ -154,20 +155,36 @@ class ImageCollator:
 def _read(file: str) -> Any:
     try:
         with _pillow().open(file) as image:
-            return image.convert("RGB")
+            return _as_seen(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise ConfigError(
             f"{file!r} ends before the image does, or was changed: {error}; take it out of the folder"
         ) from error
 
 
+def _as_seen(image: Any) -> Any:
+    """Return an image in RGB, the way up that its camera says; grey in 16 bits is scaled, which Pillow would cut off at 255."""
+    from PIL import ImageOps
+
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        turned = turned.point(lambda value: value / 256).convert("L")
+    return turned.convert("RGB")
+
+
 def _folders(source: str) -> list[Path]:
-    folders = sorted(folder for folder in Path(source).iterdir() if folder.is_dir()) if Path(source).is_dir() else []
+    inside = Path(source).iterdir() if Path(source).is_dir() else ()
+    folders = sorted(folder for folder in inside if folder.is_dir() and not folder.name.startswith("."))
     if not folders:
         raise ConfigError(
             f"{source!r} has no folders; it must have one for each class, with images in it. Relative paths start at {str(Path.cwd())!r}"
         )
     return folders
+
+
+def _images(folder: Path) -> list[Path]:
+    inside = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return sorted(file for file in inside if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _load_processor(path: str) -> Any:

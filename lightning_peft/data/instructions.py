@@ -16,15 +16,15 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.chat import check_fast, checked_messages, conversation_labels, token_labels
+from lightning_peft.data.chat import check_fast, checked_messages, conversation_labels, token_labels, tools_of
 from lightning_peft.data.collating import DocumentMask, PackedCollator, SequenceCollator
-from lightning_peft.data.documents import parse_template, render
 from lightning_peft.data.examples import Example
 from lightning_peft.data.packing import packed
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
+from lightning_peft.source_rows.templates import parse_template, render
 
 ALPACA_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. \
 Write a response that appropriately completes the request.
@@ -37,7 +37,7 @@ Write a response that appropriately completes the request.
 
 ### Response:
 """
-"""The prompt of Stanford Alpaca for rows with an input."""
+"""The prompt of Stanford Alpaca for rows with an input, and a line break before the answer, as Alpaca-LoRA has it."""
 ALPACA = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
 ### Instruction:
@@ -66,14 +66,15 @@ class InstructionDataModule(TokenizedDataModule):
         train: file, folder or hub id to train on, or several by the names of adapters.
         val: file to evaluate on, or several by name.
         format: what is in a row: ``alpaca`` has ``instruction``, ``output`` and perhaps ``input``; ``messages`` is a
-            conversation of ``role`` and ``content``, written by the chat template of the tokenizer; ``prompt_completion`` has
+            conversation of ``role`` and ``content``, written by the chat template of the tokenizer, with the ``tools`` of the row if
+            it has any; ``prompt_completion`` has
             ``prompt`` and ``completion``. ``auto`` goes by the fields of each row.
         prompt: template of the prompt for rows of any other fields, such as ``"{mr} =>"``; needs ``completion``.
         completion: template of the answer, such as ``" {ref}"``.
         chat_template: file with the chat template, or the template itself, for a tokenizer without one.
         max_length: tokens of an example; longer ones are cut at the end, or refused: see ``on_bad_rows``.
-        add_bos: begin rows that no chat template writes with the bos token, where the tokenizer has one.
-        add_eos: end such rows with the eos token, which is learned as part of the answer.
+        add_bos: begin rows that no chat template writes with the bos token, where the tokenizer has one and the prompt does not.
+        add_eos: end such rows with the eos token, where there is one and the answer does not, which is learned as part of it.
         packing: put several examples into one row of ``max_length`` tokens.
         document_mask: how examples in a packed row are kept apart. ``positions``: by ``position_ids`` that begin anew, from which
             the models of transformers make their masks. ``dense``: by a mask (batch, 1, longest, longest) as well, for models that do
@@ -146,13 +147,14 @@ class InstructionDataModule(TokenizedDataModule):
         kind = "template" if self.templates else self.format if self.format != "auto" else _format_of(row)
         if kind == "messages":
             messages = checked_messages(row.field("messages"), row.where)
-            ids, labels = conversation_labels(self.loaded_tokenizer, messages, row.where)
+            ids, labels = conversation_labels(self.loaded_tokenizer, messages, row.where, tools_of(row))
         else:
             ids, labels = self._answered(*self._prompt_and_answer(kind, row), row)
-        kept = self.cut(ids, self.max_length, row, bad_rows)
         # What the first token would be predicted from is not there.
-        if all(label == IGNORED for label in labels[1:kept]):
-            raise BadRowError("empty", row.where, f"has no token of an answer among its first {kept}")
+        if all(label == IGNORED for label in labels[1 : self.max_length]):
+            found = f"has no token of an answer among its first {min(len(ids), self.max_length)}"
+            raise BadRowError("empty", row.where, found + (f" of {len(ids)}" if len(ids) > self.max_length else ""))
+        kept = self.cut(ids, self.max_length, row, bad_rows)
         return {"input_ids": ids[:kept], "labels": labels[:kept]}
 
     def _prompt_and_answer(self, kind: str, row: Row) -> tuple[str, str]:
@@ -178,9 +180,9 @@ class InstructionDataModule(TokenizedDataModule):
         ids, labels = list(encoded["input_ids"]), token_labels(encoded, [(len(prompt), len(text))])
         if all(label == IGNORED for label in labels):
             raise BadRowError("empty", row.where, "has an answer without tokens")
-        if self.add_bos and tokenizer.bos_token_id is not None:
+        if self.add_bos and ids[0] != tokenizer.bos_token_id is not None:
             ids, labels = [tokenizer.bos_token_id, *ids], [IGNORED, *labels]
-        if self.add_eos and tokenizer.eos_token_id is not None:
+        if self.add_eos and ids[-1] != tokenizer.eos_token_id is not None:
             ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
         return ids, labels
 

@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_peft.adapter_training import ADAPTER_COLUMN
-from lightning_peft.data.bad_rows import BadRows, OnBadRows
 from lightning_peft.data.collating import WithAdapters
 from lightning_peft.data.examples import Example, Examples, NamedExamples
 from lightning_peft.data.resumable import ResumableDataLoader, ResumableSampler
 from lightning_peft.data.selection import select_rows
-from lightning_peft.data.sources import FORMATS, Row, read_rows
 from lightning_peft.data.streaming import StreamingDataLoader
 from lightning_peft.data_position import place_of
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number, is_whole
+from lightning_peft.source_rows.bad_rows import BadRows, OnBadRows
+from lightning_peft.source_rows.reading import FORMATS, Row, read_rows, suffix_of
 
 TRAIN = "train"
 Split = Literal["random", "end"]
@@ -43,7 +43,7 @@ class RowsDataModule(LightningDataModule):
     A subclass says with :meth:`example` what becomes of a row and with :meth:`collator` how a batch is made of examples.
 
     Args:
-        train: file, folder or hub id to train on: see :mod:`lightning_peft.data.sources`. Several, ``{name: file}``, train an
+        train: file, folder or hub id to train on: see :mod:`lightning_peft.source_rows.reading`. Several, ``{name: file}``, train an
             adapter each, that of the name; validation sets of that name are read by it, others by the base alone.
         val: file to evaluate on, or several by name, ``{name: file}``. A file without a name gets that of its stem.
         batch_size: rows in a batch of training.
@@ -76,7 +76,8 @@ class RowsDataModule(LightningDataModule):
     test_names: list[str]
     """The same as ``val_names``."""
     bad_rows: dict[str, BadRows]
-    """What was left out or cut, by the name of the set; the training rows are under ``train``, or the name of their adapter."""
+    """What was left out or cut, by the name of the set; the training rows are under ``train``, or the name of their adapter. What is held
+    out of a file under the same name is called ``name (held out)``."""
     default_split: ClassVar[Split] = "random"
     whole_text: ClassVar[bool] = False
     """A ``.txt`` is one row."""
@@ -116,6 +117,7 @@ class RowsDataModule(LightningDataModule):
         self.on_bad_rows, self.load_options = on_bad_rows, load_options
         self.seed, self.shuffle, self.num_workers = seed, shuffle, num_workers
         self.bad_rows = {}
+        self.share = (0, 1)  # of several processes that read a stream, which this is
         self._datasets: dict[tuple[str, bool], Examples] = {}  # of a set by its name, and whether it is trained on
         self._read: dict[str, tuple[list[Row], list[Row]]] = {}
         self._check(val_batch_size)
@@ -140,8 +142,9 @@ class RowsDataModule(LightningDataModule):
         """Return an example for people: pieces of text, and whether each is what the model learns to predict."""
 
     def text_of(self, row: Row) -> str:
-        """Return the text by which rows are compared with each other."""
-        return " ".join(value for value in row.values.values() if isinstance(value, str))
+        """Return the text by which rows are compared with each other: all texts, and texts in lists."""
+        values = (value if isinstance(value, list) else [value] for value in row.values.values())
+        return " ".join(one for value in values for one in value if isinstance(one, str))
 
     def prepare(self) -> None:
         """Load what :meth:`example` needs, such as a tokenizer; called before it in every process."""
@@ -178,7 +181,13 @@ class RowsDataModule(LightningDataModule):
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        """Read and prepare what ``stage`` needs."""
+        """Read and prepare what ``stage`` needs.
+
+        Raises:
+            ConfigError: a set has no rows, or there is none to evaluate on.
+        """
+        if stage not in (None, "fit") and not self.val_names:
+            raise ConfigError(f"there is nothing to evaluate on; give {type(self).__name__} val= or val_fraction=")
         wanted = [(name, True) for name in self._train if stage in (None, "fit") and not self.streaming]
         self.prepare()
         for name, trained in wanted + [(name, False) for name in self.val_names]:
@@ -193,6 +202,10 @@ class RowsDataModule(LightningDataModule):
         if self.streaming:
             return self._stream(processes, batches)
         rows = self._named([(name, self._datasets[name, True]) for name in self._train])
+        if len(rows) < processes:
+            raise ConfigError(
+                f"{processes} processes train on {len(rows)} rows, so that one has none; use fewer devices"
+            )
         if isinstance(batches, float):
             batches = int(batches * -(-(len(rows) // processes) // self.batch_size))
         sampler = ResumableSampler(
@@ -220,6 +233,10 @@ class RowsDataModule(LightningDataModule):
 
     @override
     def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self.val_dataloader()
+
+    @override
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
         return self.val_dataloader()
 
     def _stream(self, processes: int, batches: int | float | None) -> StreamingDataLoader:
@@ -267,17 +284,23 @@ class RowsDataModule(LightningDataModule):
         return rows
 
     def _made(self, name: str, trained: bool) -> Examples:
-        bad_rows = self.bad_rows[name if trained or name not in self._train else f"{name} (held out)"] = BadRows(
-            self.on_bad_rows
-        )
+        bad_rows = self.bad_rows[self.label_of(name, trained)] = BadRows(self.on_bad_rows)
         examples = Examples(self.examples(self.rows_of(name, trained, bad_rows), name, trained, bad_rows))
         bad_rows.warn(repr(self.source_of(name, trained)))
         if not len(examples):
-            raise ConfigError(
-                f"{self.source_of(name, trained)!r} gives no rows for {name!r}; "
-                + (f"of its rows, {bad_rows}" if bad_rows.counts else "it has none")
-            )
+            self.refuse_no_rows(name, trained, bad_rows)
         return examples
+
+    def refuse_no_rows(self, name: str, trained: bool, bad_rows: BadRows) -> None:
+        """Raise a ConfigError that tells why a set has no rows."""
+        held_out = trained and self.val_fraction and any(self._read.get(name, ((), ())))
+        why = f"val_fraction={self.val_fraction:g} holds them all out" if held_out else "it has none"
+        why = f"of its rows, {bad_rows}" if bad_rows.counts else why
+        raise ConfigError(f"{self.source_of(name, trained)!r} gives no rows for {name!r}; {why}")
+
+    def label_of(self, name: str, trained: bool) -> str:
+        """Return the name of a set that none other has: what is held out of a file may be named as what is trained on."""
+        return name if trained or name not in self._train else f"{name} (held out)"
 
     def source_of(self, name: str, trained: bool) -> str:
         """Return the file that a set comes from."""
@@ -291,15 +314,16 @@ class RowsDataModule(LightningDataModule):
         Raises:
             ConfigError: there is no such set.
         """
-        names = [*self._train, *self.val_names]
-        if name not in names:
+        sets = {self.label_of(one, False): (one, False) for one in self.val_names}
+        sets = {**{one: (one, True) for one in self._train}, **sets}
+        if name not in sets:
             raise ConfigError(
-                f"there is no set {name!r}{did_you_mean(name, names) or '.'} The sets are: {', '.join(names)}"
+                f"there is no set {name!r}{did_you_mean(name, sets) or '.'} The sets are: {', '.join(sets)}"
             )
         self.prepare()
-        trained = name in self._train
+        name, trained = sets[name]
         if trained and self.streaming:
-            bad_rows = self.bad_rows.setdefault(name, BadRows(self.on_bad_rows))
+            bad_rows = self.bad_rows[name] = BadRows(self.on_bad_rows)
             return list(itertools.islice(self.examples(self.stream(bad_rows), name, True, bad_rows), count))
         if (name, trained) not in self._datasets:
             self._datasets[name, trained] = self._made(name, trained)
@@ -315,7 +339,9 @@ class RowsDataModule(LightningDataModule):
             if self.val_fraction and (trained or name not in self.val):
                 how = f"drawn with seed {self.seed}" if self.split == "random" else "at the end"
                 use += f" ({self.val_fraction:g} of the file is held out, {how})"
-            lines.append(f"{name}: {len(examples)} rows{tokens} of {self.source_of(name, trained)} {use}")
+            lines.append(
+                f"{self.label_of(name, trained)}: {len(examples)} rows{tokens} of {self.source_of(name, trained)} {use}"
+            )
         return "\n".join([*lines, *(f"{name}: {bad}" for name, bad in self.bad_rows.items() if bad.counts)])
 
     # -- checks ----------------------------------------------------------------------------------------------------
@@ -346,11 +372,9 @@ class RowsDataModule(LightningDataModule):
         own = type(self).__name__
         self.check_whole(1, batch_size=self.batch_size, shuffle_buffer=self.shuffle_buffer)
         self.check_whole(0, seed=self.seed, num_workers=self.num_workers)
-        given = {
-            "val_batch_size": val_batch_size,
-            **{name: getattr(self, name) for name in ("max_train_rows", "max_val_rows", "diverse_rows")},
-        }
-        self.check_whole(1, **{name: value for name, value in given.items() if value is not None})
+        optional = {name: getattr(self, name) for name in ("max_train_rows", "max_val_rows", "diverse_rows")}
+        optional["val_batch_size"] = val_batch_size
+        self.check_whole(1, **{name: value for name, value in optional.items() if value is not None})
         if not is_number(self.val_fraction) or not 0.0 <= self.val_fraction < 1.0:
             raise ConfigError(f"{own} val_fraction must lie in [0, 1), got {self.val_fraction!r}")
         if self.split not in ("random", "end"):
@@ -373,4 +397,4 @@ class RowsDataModule(LightningDataModule):
 
 
 def _stem(source: str) -> str:
-    return Path(source if Path(source).suffix in FORMATS else source.partition(":")[0]).stem
+    return Path(source if suffix_of(source) in FORMATS else source.partition(":")[0]).stem

@@ -14,12 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 PERMUTATIONS = 128
 NGRAM = 3
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese, which are written without spaces: each of their characters is a word here."""
+_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
 
 
 def select_rows(
@@ -69,7 +72,7 @@ def _hash(grams: set[bytes]) -> Any:
 
 
 def _ngrams(text: str) -> set[bytes]:
-    words = re.findall(r"\w+", text.lower())
+    words = _WORD.findall(text.lower())
     return {" ".join(words[start : start + NGRAM]).encode() for start in range(max(1, len(words) - NGRAM + 1)) if words}
 
 

@@ -22,14 +22,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.resumable import EpochPosition
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
 
 if TYPE_CHECKING:
     from lightning_peft.data.rows_module import RowsDataModule
-    from lightning_peft.data.sources import Row
+    from lightning_peft.source_rows.reading import Row
 
 _NOTHING: tuple[None, list[Any]] = (None, [])
 """A turn without a batch."""
@@ -85,12 +85,17 @@ class StreamedBatches(IterableDataset[Any]):
         # All workers read all rows; one tells of those that cannot be read.
         rows = self.module.stream(bad_rows if worker == 0 else BadRows("report"))
         rows = itertools.islice(rows, worker, None, workers)
+        self.module.share = (worker, workers)
         if self.module.shuffle:
             seed = (self.module.seed * 1_000_003 + self.position.epoch) * 1_009 + worker
             rows = shuffled(rows, self.module.shuffle_buffer, random.Random(seed))
         examples = self.module.examples(rows, "train", True, bad_rows)
         for number in itertools.count():
-            batch = _tensors(itertools.islice(examples, self.batch_size))
+            try:
+                batch = _tensors(itertools.islice(examples, self.batch_size))
+            except ConfigError as error:  # a worker that raises it is told of by torch, with another error
+                yield error, bad_rows.take()
+                return
             if not batch:
                 break
             found = bad_rows.take()  # also of batches that are thrown away, so that it is told once
@@ -182,22 +187,31 @@ class StreamingDataLoader(DataLoader[Any]):
         turns = super().__iter__()
         if kept is not None:
             torch.set_rng_state(kept)
+        if place.epoch == 0:  # another loader, or a preview, may have counted them before
+            self.module.bad_rows["train"] = BadRows(self.module.on_bad_rows)
         idle, handed_out, report = 0, 0, self.module.bad_rows.setdefault("train", BadRows(self.module.on_bad_rows))
-        for batch, found in turns:
-            place.position += 1
-            if place.epoch == 0:  # the next ones find the same
-                report.merge(found)
-            if batch is None:
-                idle += 1
-                if idle == max(1, self.num_workers):
-                    break
-                continue
-            idle, place.batches, handed_out = 0, place.batches + 1, handed_out + 1
-            place.loaded = place.loaded and handed_out == 1
-            yield batch
+        try:
+            for batch, found in turns:
+                place.position += 1
+                if place.epoch == 0:  # the next ones find the same
+                    report.merge(found)
+                if isinstance(batch, ConfigError):
+                    raise batch
+                if batch is None:
+                    idle += 1
+                    if idle == max(1, self.num_workers):
+                        break
+                    continue
+                idle, place.batches, handed_out = 0, place.batches + 1, handed_out + 1
+                place.loaded = place.loaded and handed_out == 1
+                yield batch
+        finally:
+            del turns  # its workers end here, and not when the trace of an error is forgotten
         place.finished = True
         if place.epoch == 0:
             report.warn(repr(self.module.source_of("train", True)))
+        if not place.batches:
+            self.module.refuse_no_rows("train", True, report)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position, and what it is a position in."""

@@ -18,15 +18,15 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.collating import DocumentMask, FullRowCollator, PackedCollator
-from lightning_peft.data.documents import hold_out, is_whole_text, parse_template, render
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import TRAIN, Split
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
 from lightning_peft.field_checks import is_number
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row, suffix_of
+from lightning_peft.source_rows.templates import is_whole_text, parse_template, render
 
 _DOCUMENTS_AT_ONCE = 512
 _REPLAY = "replay"
@@ -140,7 +140,7 @@ class TextDataModule(TokenizedDataModule):
     @override
     def examples(self, rows: Iterable[Row], name: str, trained: bool, bad_rows: BadRows) -> Iterator[Example]:
         limit = self.max_train_tokens if trained else self.max_val_tokens
-        packed = self._packed(rows, name, trained, limit)
+        packed = self._packed(rows, name, trained, limit, bad_rows)
         return self._with_replay(packed, bad_rows) if trained and self.replay is not None else packed
 
     @override
@@ -158,7 +158,8 @@ class TextDataModule(TokenizedDataModule):
 
     @override
     def shown(self, example: Example) -> list[tuple[str, bool]]:
-        return super().shown({"labels": example["input_ids"], **example})
+        # What the first token would be predicted from is not there.
+        return super().shown({"labels": [IGNORED, *example["input_ids"][1:]], **example})
 
     @override
     def source_of(self, name: str, trained: bool) -> str:
@@ -167,7 +168,9 @@ class TextDataModule(TokenizedDataModule):
 
     # -- packing ---------------------------------------------------------------------------------------------------
 
-    def _packed(self, rows: Iterable[Row], name: str, trained: bool, limit: int | None) -> Iterator[Example]:
+    def _packed(
+        self, rows: Iterable[Row], name: str, trained: bool, limit: int | None, bad_rows: BadRows
+    ) -> Iterator[Example]:
         """Yield full rows of the tokens of all documents, the first ``limit`` of them."""
         before, after = self._around()
         ids, starts, total, made = array("i"), array("b"), 0, 0
@@ -187,11 +190,11 @@ class TextDataModule(TokenizedDataModule):
             del ids[:done], starts[:done]
             if total == limit:
                 break
-        self.left_over[name] = len(ids)
+        self.left_over[self.label_of(name, trained)] = len(ids)
         if not made and not self.streaming:
             raise ConfigError(
                 f"{self.source_of(name, trained)!r} gives {total} tokens for {name!r}, fewer than one row of block_size={self.block_size}; "
-                "lower block_size or give more text"
+                + (f"of its rows, {bad_rows}" if bad_rows.counts else "lower block_size or give more text")
             )
 
     def _row(self, ids: array[int], starts: array[int]) -> Example:
@@ -207,7 +210,9 @@ class TextDataModule(TokenizedDataModule):
     def _with_replay(self, examples: Iterator[Example], bad_rows: BadRows) -> Iterator[Example]:
         """Yield examples with rows of ``replay`` between them, of which ``replay_share`` are; they begin anew where they end."""
         share, replayed = self.replay_share, 0
-        replay = self._replay_rows(bad_rows)
+        worker, workers = self.share
+        replay = self._replay_rows(bad_rows if worker == 0 else BadRows("report"))
+        replay = itertools.islice(replay, worker, None, workers)
         for given, example in enumerate(examples, start=1):
             yield example
             while replayed + 1 <= share * (given + replayed + 1):
@@ -217,8 +222,15 @@ class TextDataModule(TokenizedDataModule):
     def _replay_rows(self, bad_rows: BadRows) -> Iterator[Example]:
         while True:
             # Bad rows are told of in the first round only.
-            rows = self.read(_REPLAY, str(self.replay), bad_rows)
-            yield from self._packed(rows, _REPLAY, True, None)
+            rows, any_made = self.read(_REPLAY, str(self.replay), bad_rows), False
+            for example in self._packed(rows, _REPLAY, True, None, bad_rows):
+                any_made = True
+                yield example
+            if not any_made:
+                raise ConfigError(
+                    f"{self.replay!r} gives {self.left_over[_REPLAY]} tokens to replay, fewer than one row of block_size={self.block_size}; "
+                    "lower block_size or give more text"
+                )
             bad_rows = BadRows("report")
 
     def _around(self) -> tuple[list[int], list[int]]:
@@ -251,7 +263,7 @@ class TextDataModule(TokenizedDataModule):
             if self.max_train_tokens is not None:
                 raise ConfigError("streaming=True has no count of tokens; give max_train_rows for max_train_tokens")
             for source in (*self._train.values(), self.replay or ""):
-                if source.endswith(".txt"):
+                if suffix_of(source) == ".txt":
                     raise ConfigError(
                         f"{source!r} is one document, which is read at once; leave streaming out, or make it a .jsonl"
                     )
@@ -268,3 +280,30 @@ class TextDataModule(TokenizedDataModule):
                 )
             parse_template(value)
         return {name: template.get(name, "{text}") for name in names}
+
+
+def hold_out(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    r"""Split off the end: the last rows, or the end of a single document from a line break on.
+
+    Example:
+        >>> hold_out(["a", "b", "c", "d"], 0.25)
+        (['a', 'b', 'c'], ['d'])
+        >>> hold_out(["one\ntwo\nthree\n"], 0.5)
+        (['one\ntwo\n'], ['three\n'])
+    """
+    if len(documents) == 1:
+        cut = _cut_near(documents[0], int(len(documents[0]) * (1 - fraction)))
+        return [documents[0][:cut]], [documents[0][cut:]]
+    kept = len(documents) - max(1, round(len(documents) * fraction))
+    return documents[:kept], documents[kept:]
+
+
+def _cut_near(text: str, place: int) -> int:
+    """Return where a line begins near ``place``, or a word where no line does; both parts have text if any such cut is there."""
+    last = len(text.rstrip())  # behind it there is nothing to hold out
+    for between in ("\n", " "):
+        after = text.find(between, max(0, place - 1), last) + 1
+        before = text.rfind(between, 0, min(place, last)) + 1
+        if after or 2 * before > place:
+            return after or before
+    return len(text)

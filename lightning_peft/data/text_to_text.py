@@ -7,13 +7,13 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.collating import SequenceCollator
-from lightning_peft.data.documents import parse_template, render
 from lightning_peft.data.examples import Example
-from lightning_peft.data.sources import Row
 from lightning_peft.data.tokenized import TokenizedDataModule
 from lightning_peft.errors import BadRowError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
+from lightning_peft.source_rows.templates import parse_template, render
 
 
 class Seq2SeqDataModule(TokenizedDataModule):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from typing_extensions import override
 
 from lightning_peft.batch_parts import IGNORED
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.data.examples import Example
 from lightning_peft.data.rows_module import RowsDataModule
-from lightning_peft.data.sources import Row
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row
 
 
 class TokenizedDataModule(RowsDataModule):
@@ -66,6 +67,46 @@ class TokenizedDataModule(RowsDataModule):
             if token is not None:
                 return int(token)
         return 0
+
+    def check_room(self, max_length: int, *, pair: bool = False) -> None:
+        """Refuse a ``max_length`` that the special tokens of a row fill.
+
+        Raises:
+            ConfigError: there is no room for a token of a text, or of each of a pair.
+        """
+        special = self.loaded_tokenizer.num_special_tokens_to_add(pair=pair)
+        if max_length < special + 1 + pair:
+            raise ConfigError(
+                f"{type(self).__name__} max_length={max_length} has no room for text beside the {special} special tokens of a row; "
+                f"take at least {special + 1 + pair}"
+            )
+
+    def encoded(self, *texts: str, **options: Any) -> dict[str, Any]:
+        """Return ``input_ids`` of a text or a pair, and ``token_type_ids`` where the tokenizer gives them: which of both a token is of."""
+        found = self.loaded_tokenizer(*texts, **options)
+        return {name: found[name] for name in ("input_ids", "token_type_ids") if name in found}
+
+    @property
+    def model(self) -> Any:
+        """The model that is trained, where a trainer has one; None otherwise."""
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        return getattr(model, "_orig_mod", model)  # of torch.compile
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Columns that the model does not take, although its tokenizer gives them."""
+        model = self.model
+        if model is None or "token_type_ids" in inspect.signature(model.forward).parameters:
+            return ()
+        return ("token_type_ids",)
+
+    @property
+    def fillers(self) -> tuple[tuple[str, int], ...]:
+        """What sequences of a batch are filled up with, by column."""
+        return (
+            ("labels", IGNORED),
+            ("token_type_ids", int(getattr(self.loaded_tokenizer, "pad_token_type_id", 0) or 0)),
+        )
 
     def cut(self, ids: list[int], longest: int, row: Row, bad_rows: BadRows) -> int:
         """Return how many of ``ids`` are kept, and note the row where some are not."""

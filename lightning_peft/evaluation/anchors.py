@@ -24,7 +24,7 @@ class AnchorText:
     """A text on which the predictions of a model are compared with those of its base."""
 
     path: str
-    """A ``.txt`` or ``.jsonl`` file of what the model should still do as before."""
+    """A ``.txt``, ``.jsonl``, ``.csv`` or ``.parquet`` file of what the model should still do as before."""
     tokenizer: str
     """Folder or hub id of the tokenizer."""
     block_size: int = 128
@@ -36,7 +36,7 @@ class AnchorText:
     max_examples: int | None = None
     """Read only so many rows; all if None."""
     template: str = "{text}"
-    """How a row of a ``.jsonl`` becomes text."""
+    """How a row becomes text."""
     separator: str = "none"
     """Token before (``bos``) or after (``eos``) each document, or ``none``."""
 

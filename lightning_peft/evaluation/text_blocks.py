@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.example_rows import read_rows
 from lightning_peft.evaluation.live_models import load_tokenizer
 from lightning_peft.field_checks import is_whole
+from lightning_peft.source_rows.reading import first_rows
+from lightning_peft.source_rows.templates import filled
 
 SEPARATORS = ("none", "bos", "eos")
 """What may stand between documents."""
@@ -41,13 +42,13 @@ def token_blocks(
     max_tokens: int | None = None,
     max_examples: int | None = None,
 ) -> Tensor:
-    """Return the documents of a ``.txt`` or ``.jsonl`` file one after the other, as blocks (blocks, block_size) of token ids.
+    """Return the documents of a file one after the other, as blocks (blocks, block_size) of token ids.
 
     Args:
-        path: the file.
+        path: a ``.txt``, which is one document, or a ``.jsonl``, ``.csv`` or ``.parquet``, each row of which is one.
         tokenizer: folder or hub id of the tokenizer.
         block_size: tokens in a block; what is left at the end is dropped.
-        template: how a row of a ``.jsonl`` becomes text.
+        template: how a row becomes text.
         separator: token before (``bos``) or after (``eos``) each document.
         max_tokens: use only so many tokens; all if None.
         max_examples: read only so many rows; all if None.
@@ -77,8 +78,8 @@ def _blocks(
     if between is None and separator != "none":
         raise ConfigError(f"the tokenizer {tokenizer!r} has no {separator} token; give another separator")
     ids: list[int] = []
-    for row in read_rows(path, max_examples):
-        found = words(row.filled(template), add_special_tokens=False, verbose=False)["input_ids"]
+    for row in first_rows(path, max_examples):
+        found = words(filled(template, row), add_special_tokens=False, verbose=False)["input_ids"]
         ids += {"none": found, "bos": [between, *found], "eos": [*found, between]}[separator]
         if max_tokens is not None and len(ids) >= max_tokens:
             break

@@ -71,8 +71,8 @@ class Again(Protocol):
     def dot(self, gradient: Tensor) -> Tensor:
         """Return the sum over the features of ``hidden`` times ``gradient`` (rows,)."""
 
-    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        """Return the gradients of the parts from that of ``hidden``, which is overwritten; in ``out``, if it is given."""
+    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None, *, keep: bool = False) -> Sequence[Tensor]:
+        """Return the gradients of the parts from that of ``hidden``, which is overwritten but to ``keep`` it; in ``out``, if it is given."""
 
 
 class _SwiGLU:
@@ -84,10 +84,12 @@ class _SwiGLU:
     def dot(self, gradient: Tensor) -> Tensor:
         return self.hidden.mul_(gradient).sum(-1)
 
-    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
-        to_gate, to_up = (gradient, self.silu) if out is None else out
+    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None, *, keep: bool = False) -> Sequence[Tensor]:
+        to_silu = gradient * self.up if keep else None
+        to_gate, to_up = (gradient if to_silu is None else to_silu, self.silu) if out is None else out
         torch.mul(self.silu, gradient, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(gradient.mul_(self.up), self.gate, grad_input=to_gate)
+        to_silu = gradient.mul_(self.up) if to_silu is None else to_silu
+        torch.ops.aten.silu_backward.grad_input(to_silu, self.gate, grad_input=to_gate)
         return to_gate, to_up
 
 
@@ -101,7 +103,7 @@ class _ByAutograd:
     def dot(self, gradient: Tensor) -> Tensor:
         return (self.hidden * gradient).sum(-1)
 
-    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None) -> Sequence[Tensor]:
+    def pull(self, gradient: Tensor, out: Sequence[Tensor] | None = None, *, keep: bool = False) -> Sequence[Tensor]:
         found = torch.autograd.grad(self.result, self.parts, gradient)
         for own, one in zip(out or (), found, strict=out is not None):
             own.copy_(one)

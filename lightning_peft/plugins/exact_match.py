@@ -14,12 +14,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.example_rows import read_rows
 from lightning_peft.evaluation.generating import continuations
 from lightning_peft.evaluation.live_models import load_tokenizer, measuring
 from lightning_peft.field_checks import is_whole
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask
+from lightning_peft.source_rows.reading import first_rows
+from lightning_peft.source_rows.templates import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class ExactMatch(EvalTask):
     name: ClassVar[str] = "exact_match"
 
     path: str
-    """A ``.jsonl`` file, one question a row."""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, one question a row."""
     tokenizer: str
     """Folder or hub id of the tokenizer."""
     prompt: str = "Question: {Body} {Question}\nAnswer:"
@@ -71,11 +72,16 @@ class ExactMatch(EvalTask):
     @override
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         tokenizer = load_tokenizer(self.tokenizer)
-        rows = read_rows(self.path, self.max_examples)
-        prompts, wanted = [row.filled(self.prompt) for row in rows], [self._value(row[self.answer]) for row in rows]
+        rows = first_rows(self.path, self.max_examples)
+        prompts, wanted = (
+            [filled(self.prompt, row) for row in rows],
+            [self._value(row.field(self.answer)) for row in rows],
+        )
         for row, value in zip(rows, wanted, strict=True):
             if value is None:
-                raise ConfigError(f"{row.where}: {self.answer!r} must be a {self.compare}, got {row[self.answer]!r}")
+                raise ConfigError(
+                    f"{row.where}: {self.answer!r} must be a {self.compare}, got {row.field(self.answer)!r}"
+                )
         with measuring(model):
             written = continuations(
                 model,

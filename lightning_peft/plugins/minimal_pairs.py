@@ -14,12 +14,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.example_rows import read_rows
 from lightning_peft.evaluation.live_models import load_tokenizer, longest_input, measuring
 from lightning_peft.evaluation.log_likelihood import encode_pair, score
 from lightning_peft.field_checks import is_whole
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask
+from lightning_peft.source_rows.reading import first_rows
+from lightning_peft.source_rows.templates import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class MinimalPairs(EvalTask):
     name: ClassVar[str] = "minimal_pairs"
 
     path: str
-    """A ``.jsonl`` file, one pair a row."""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, one pair a row."""
     tokenizer: str
     """Folder or hub id of the tokenizer."""
     good: str = "{good}"
@@ -67,12 +68,12 @@ class MinimalPairs(EvalTask):
         tokenizer = load_tokenizer(self.tokenizer)
         groups: list[str] = []
         pairs = []
-        for row in read_rows(self.path, self.max_examples):
-            group = str(row[self.group]) if self.group else ""
+        for row in first_rows(self.path, self.max_examples):
+            group = str(row.field(self.group)) if self.group else ""
             if self.examples_per_group is not None and groups.count(group) >= self.examples_per_group:
                 continue
             groups.append(group)
-            pairs += [encode_pair(tokenizer, "", row.filled(template)) for template in (self.good, self.bad)]
+            pairs += [encode_pair(tokenizer, "", filled(template, row)) for template in (self.good, self.bad)]
         with measuring(model):
             longest = self.max_length or longest_input(model, tokenizer)
             totals = [one.total for one in score(model, pairs, batch_size=self.batch_size, max_length=longest)]

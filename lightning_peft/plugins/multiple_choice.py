@@ -16,12 +16,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.example_rows import Row, read_rows
 from lightning_peft.evaluation.live_models import load_tokenizer, longest_input, measuring
 from lightning_peft.evaluation.log_likelihood import encode_pair, score
 from lightning_peft.field_checks import is_whole
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask
+from lightning_peft.source_rows.reading import Row, first_rows
+from lightning_peft.source_rows.templates import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class MultipleChoice(EvalTask):
     name: ClassVar[str] = "multiple_choice"
 
     path: str
-    """A ``.jsonl`` file, one question a row."""
+    """A ``.jsonl`` or ``.parquet`` file, one question a row."""
     tokenizer: str
     """Folder or hub id of the tokenizer."""
     prompt: str = "Question: {question}\nAnswer:"
@@ -69,11 +70,11 @@ class MultipleChoice(EvalTask):
     @override
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         tokenizer = load_tokenizer(self.tokenizer)
-        rows = read_rows(self.path, self.max_examples)
+        rows = first_rows(self.path, self.max_examples)
         pairs, questions = [], []
         for row in rows:
             choices, right = self._choices(row)
-            context = row.filled(self.prompt)
+            context = filled(self.prompt, row)
             pairs += [encode_pair(tokenizer, context, self.delimiter + choice) for choice in choices]
             questions.append((choices, right))
         with measuring(model):
@@ -95,7 +96,7 @@ class MultipleChoice(EvalTask):
         }
 
     def _choices(self, row: Row) -> tuple[list[str], int]:
-        choices, label = row[self.choices], row[self.label]
+        choices, label = row.field(self.choices), row.field(self.label)
         if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) for one in choices):
             raise ConfigError(f"{row.where}: {self.choices!r} must be a list of two texts or more, got {choices!r}")
         right = _position(label, choices)

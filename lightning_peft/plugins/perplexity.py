@@ -28,7 +28,7 @@ class Perplexity(EvalTask):
     name: ClassVar[str] = "perplexity"
 
     path: str
-    """A ``.txt`` file, which is one document, or a ``.jsonl`` file, whose rows are one each; UTF-8."""
+    """A ``.txt`` file, which is one document, or a ``.jsonl``, ``.csv`` or ``.parquet`` file, whose rows are one each; UTF-8."""
     tokenizer: str
     """Folder or hub id of the tokenizer."""
     block_size: int = 256

@@ -17,12 +17,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.evaluation.example_rows import read_rows
 from lightning_peft.evaluation.generating import continuations
 from lightning_peft.evaluation.live_models import load_tokenizer, measuring
 from lightning_peft.field_checks import is_number, is_whole
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import EvalTask
+from lightning_peft.source_rows.reading import first_rows
+from lightning_peft.source_rows.templates import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class TokenDiversity(EvalTask):
     prompts: list[str] | tuple[str, ...] = ()
     """The prompts; or give a ``path``."""
     path: str | None = None
-    """A ``.jsonl`` file, one prompt a row."""
+    """A ``.jsonl``, ``.csv`` or ``.parquet`` file, one prompt a row."""
     template: str = "{prompt}"
     """How a row becomes a prompt."""
     max_examples: int | None = None
@@ -82,7 +83,7 @@ class TokenDiversity(EvalTask):
         tokenizer = load_tokenizer(self.tokenizer)
         prompts = list(self.prompts)
         if self.path is not None:
-            prompts = [row.filled(self.template) for row in read_rows(self.path, self.max_examples)]
+            prompts = [filled(self.template, row) for row in first_rows(self.path, self.max_examples)]
         with measuring(model, self.seed):
             written = continuations(
                 model,

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
 from lightning_peft.errors import LightningPEFTWarning
 from lightning_peft.sharded_tensors import gathered
+from lightning_peft.strategies.ending import end_with_parent, ending_what_starts
 
 
 class ForkedLauncher(_MultiProcessingLauncher):
-    """Lightning's, but what was trained comes back whole into a model that is made for it, and threads of a forked process may compute at once."""
+    """Lightning's, with three things added.
+
+    What was trained comes back whole, into a model that is made for it. Threads of a forked process may compute at once. No process is left
+    behind where the one that started them is interrupted or killed.
+    """
+
+    @override
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        with ending_what_starts():
+            return super().launch(*args, **kwargs)
 
     @override
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
         # The first thread of a forked process that computes makes torch's pool of threads anew. Two that do at once, as transformers'
         # loading has them, meet a pool that is half made: "Invalid thread pool!".
         torch.set_num_threads(torch.get_num_threads())
+        end_with_parent()
         super()._wrapping_function(*args, **kwargs)
 
     @override
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what goes to the main process beside the weights: metrics, and how far the fit came."""
-        return {**super().get_extra_results(trainer), "fit_loop": trainer.fit_loop.state_dict()}
+        """Return what goes to the main process beside the weights: metrics, and how far the fit came, in a file.
+
+        What is returned goes through a pipe of 64 kB that is read when the processes have ended; the state of a data loader may be larger.
+        """
+        path = Path(tempfile.mkdtemp()) / "fit_loop.ckpt"
+        TorchCheckpointIO().save_checkpoint(trainer.fit_loop.state_dict(), path)
+        return {**super().get_extra_results(trainer), "fit_loop": path}
 
     @override
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
         """Take that over."""
-        trainer.fit_loop.load_state_dict(extra["fit_loop"])
+        path: Path = extra["fit_loop"]
+        trainer.fit_loop.load_state_dict(TorchCheckpointIO().load_checkpoint(path, weights_only=False))
+        shutil.rmtree(path.parent)
         super().update_main_process_results(trainer, extra)
 
     @override

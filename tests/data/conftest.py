@@ -61,3 +61,14 @@ def byte_tokenizer(tmp_path_factory):
 def stories(data_dir):
     """The folder of the real tokenizer."""
     return str(data_dir / "models" / "stories260k")
+
+
+@pytest.fixture(scope="session")
+def bert_tokenizer(tmp_path_factory):
+    """The folder of a tokenizer of BERT: ``[CLS] a b [SEP] c [SEP]``, in which the second text is of type 1."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    BertTokenizerFast(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return str(folder)

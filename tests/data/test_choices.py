@@ -72,3 +72,41 @@ def test_the_question_is_cut_and_never_the_answer(byte_tokenizer, jsonl):
         data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_length=6, on_bad_rows="report")
     (batch,) = data.train_dataloader()
     assert batch["input_ids"].tolist() == [[[*b"questa"], [*b"quesbb"]]]
+
+
+def test_the_right_one_may_be_told_by_its_own_label_or_its_text(bert_tokenizer, jsonl):
+    rows = [
+        {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "B"},
+        {"question": "a", "choices": {"text": ["b", "c"], "label": ["1", "2"]}, "answerKey": "1"},  # ARC has both kinds
+        {"question": "a", "choices": ["b", "c"], "answerKey": "c"},
+        {"question": "a", "choices": ["b", "c"], "answerKey": "0"},
+    ]
+    data = set_up(bert_tokenizer, jsonl("a.jsonl", rows), label_field="answerKey")
+    (batch,) = data.train_dataloader()
+    assert batch["labels"].tolist() == [1, 0, 1, 0]
+    assert batch["token_type_ids"].tolist() == [[[0, 0, 0, 1, 1]] * 2] * 4
+    numbers = {"question": "a", "choices": ["1", "2", "0"], "label": "1"}
+    with pytest.raises(BadRowError, match="has '1' as the right one of 3 choices, which is the text of one and the nu"):
+        set_up(bert_tokenizer, jsonl("b.jsonl", [numbers]))
+    with pytest.raises(ConfigError, match="max_length=4 has no room for text beside the 3 special tokens"):
+        set_up(bert_tokenizer, jsonl("b.jsonl", [numbers]), max_length=4)
+
+
+def test_questions_are_compared_with_their_choices(byte_tokenizer, jsonl):
+    pytest.importorskip("datasketch")
+    same = "which of these is true of the moon"
+    rows = [{"question": same, "choices": [f"{a} one two three four", f"{a} five six"], "label": 0} for a in "abc"]
+    rows[2] = rows[0]
+    with pytest.warns(UserWarning, match="1 duplicate row left out: .* line 3 is nearly line 1"):
+        data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_similarity=0.9, on_bad_rows="report")
+    assert len(data._datasets["train", True]) == 2
+
+
+def test_a_row_that_is_left_out_is_not_counted_as_cut_too(byte_tokenizer, jsonl):
+    rows = [
+        {"question": "q", "choices": ["a" * 9, "b"], "label": 0},
+        {"question": "q", "choices": ["a", "b"], "label": 0},
+    ]
+    with pytest.warns(UserWarning, match="1 empty row left out"):
+        data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_length=6, on_bad_rows="report")
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1}

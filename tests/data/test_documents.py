@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
 
-from lightning_peft.data.documents import hold_out, parse_template, read_documents
+from lightning_peft.data.text import hold_out
 from lightning_peft.errors import ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import read_rows
+from lightning_peft.source_rows.templates import filled, is_whole_text, parse_template
+
+
+def read_documents(path, template="{text}"):
+    rows = read_rows(path, BadRows("raise"), whole_text=True)
+    return [row.values["text"] if is_whole_text(row) else filled(template, row) for row in rows]
 
 
 @pytest.fixture
@@ -52,6 +61,7 @@ def test_a_field_name_may_hold_spaces(write):
         ),
         ("a.jsonl", '{"mr": "a", "ref": "b"}', "{text}", r"does not have the field 'text'.* The row has: mr, ref"),
         ("a.jsonl", "{}", "{text}", r"The row has: no fields"),
+        ("a.jsonl", '{"text": null}', "{text}", r"a.jsonl' line 1 has nothing \(null\) as 'text', which the template"),
         ("a.doc", "a,b", "{text}", r"a.doc' is none of .jsonl, .csv, .parquet, .txt; convert it"),
         ("a.txt", b"\xff\xfe\xfa", "{text}", r"a.txt' is not UTF-8 text"),
         ("a.jsonl", b'{"text": "\xff"}', "{text}", r"a.jsonl' line 1 is not UTF-8 text"),
@@ -93,5 +103,23 @@ def test_holding_out_loses_and_repeats_nothing():
     assert (kept, held_out) == (["a", "b"], ["c"])
 
 
-def test_a_document_without_line_breaks_cannot_be_cut():
-    assert hold_out(["abc"], 0.5) == (["abc"], [""])
+def test_a_document_of_one_line_is_cut_between_words():
+    words = "one two three four five six seven eight nine ten"
+    (kept,), (held_out,) = hold_out([words], 0.2)
+    assert (kept, held_out) == ("one two three four five six seven eight ", "nine ten")
+    assert hold_out(["title\n" + words], 0.2) == (["title\n" + kept], [held_out])
+    assert hold_out(["abc"], 0.5) == (["abc"], [""])  # nowhere to cut
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_the_last_line_is_held_out_where_less_was_asked_for(end):
+    text = "first line\nsecond line\nthird line" + end
+    assert hold_out([text], 0.01) == (["first line\nsecond line\n"], ["third line" + end])
+
+
+def test_values_of_a_typed_file_are_written(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pyarrow.table({"day": [datetime.date(2020, 1, 2)], "n": [3]}), tmp_path / "a.parquet"
+    )
+    assert read_documents(str(tmp_path / "a.parquet"), "{day} {n}") == ["2020-01-02 3"]

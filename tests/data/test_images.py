@@ -121,3 +121,29 @@ def test_images_resume_with_workers(folder):
     rest = [batch["pixel_values"] for batch in again]
     assert len(rest) == 3
     assert all(torch.equal(one, other) for one, other in zip(rest, expected[1:], strict=True))
+
+
+def test_what_is_hidden_is_no_class_and_no_image(folder):
+    for path in (folder / ".ipynb_checkpoints", folder / "red" / ".cache"):
+        path.mkdir()
+        Image.new("RGB", (4, 4)).save(path / "1.png")
+    (folder / "blue" / "._0.png").write_bytes(b"as a disk of another system leaves it")
+    data = set_up(str(folder))
+    assert data.label_names == ["blue", "red"]
+    assert len(data._datasets["train", True]) == 7
+
+
+def test_pixels_are_what_a_viewer_shows(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.frombytes("I;16", (1, 2), (65535).to_bytes(2, "little") + (32768).to_bytes(2, "little")).save(
+        tmp_path / "a" / "1.png"
+    )
+    photo = Image.new("RGB", (2, 1))
+    photo.putdata([(255, 0, 0), (0, 0, 255)])
+    turned = photo.getexif()
+    turned[0x0112] = 6  # to be turned a quarter clockwise: what is on the left is on top
+    photo.save(tmp_path / "a" / "2.png", exif=turned)
+    data = set_up(str(tmp_path), image_size=2, mean=(0.0,) * 3, std=(1.0,) * 3)
+    (pixels,) = (batch["pixel_values"] for batch in data.train_dataloader())
+    torch.testing.assert_close(pixels[0, 0, :, 0], torch.tensor([1.0, 0.5]), atol=0.01, rtol=0)
+    torch.testing.assert_close(pixels[1, 0], torch.tensor([[1.0, 1.0], [0.0, 0.0]]), atol=0.01, rtol=0)

@@ -193,14 +193,14 @@ def test_bad_rows_are_counted_or_refused(byte_tokenizer, jsonl):
         {"messages": [{"role": "user", "content": "a"}]},
     ]
     path = jsonl("a.jsonl", rows)
-    with pytest.warns(UserWarning, match="3 malformed rows left out|2 truncated rows cut"):
+    with pytest.warns(UserWarning, match=r"4 empty rows left out.*\n1 truncated row cut.*\n2 malformed rows left out"):
         data = set_up(byte_tokenizer, path, max_length=12, on_bad_rows="report")
     bad = data.bad_rows["train"]
-    assert dict(bad.counts) == {"empty": 4, "truncated": 2, "malformed": 2}
+    assert dict(bad.counts) == {"empty": 4, "truncated": 1, "malformed": 2}
     assert [place.partition("line ")[2][0] for place in bad.places["empty"]] == ["2", "3", "7", "8"]
-    assert [place.partition("line ")[2] for place in bad.places["truncated"]][1] == (
+    assert [place.partition("line ")[2] for place in bad.places["truncated"]] == [
         "4 has 23 tokens, 11 more than max_length=12"
-    )
+    ]
     assert [predicted(data, number) for number in range(2)] == [["fine</s>"], ["much too l"]]
     assert "neither messages, nor instruction and output" in str(bad)
     assert "4 empty rows left out" in data.summary()
@@ -253,3 +253,54 @@ def test_messages_are_checked(byte_tokenizer, chatml):
 def test_an_argument_out_of_range_is_refused_at_once(options, message):
     with pytest.raises(ConfigError, match=message):
         InstructionDataModule("tokenizer", "a.jsonl", **options)
+
+
+def test_a_prompt_that_fills_the_row_is_counted_once(byte_tokenizer, jsonl):
+    rows = [{"prompt": "p" * 20, "completion": "a"}, {"prompt": "p", "completion": "a" * 20}]
+    with pytest.warns(UserWarning, match="line 1 has no token of an answer among its first 8 of 23"):
+        data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), max_length=8, on_bad_rows="report")
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1, "truncated": 1}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_the_tools_of_a_row_are_in_its_text(byte_tokenizer, jsonl, chatml, marked_chatml, marked):
+    shown = "{% if tools %}{{ tools | tojson }}{% endif %}"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    talk = [
+        {"role": "user", "content": "Hi", "tool_calls": None},  # as data sets of the hub fill it up
+        {"role": "assistant", "content": "Hello"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "Five"},
+    ]
+    refuses = "{% for m in messages %}{% if 'tool_calls' in m %}{{ raise_exception('calls') }}{% endif %}{% endfor %}"
+    template = shown + refuses + (marked_chatml if marked else chatml)
+    rows = [{"messages": talk, "tools": given} for given in (tools, json.dumps(tools), None)]
+    data = set_up(byte_tokenizer, jsonl("a.jsonl", rows), chat_template=template)
+    texts = ["".join(text for text, _ in data.shown(one)) for one in data.first("train", 3)]
+    assert [text.startswith(json.dumps(tools)) for text in texts] == [True, True, False]
+    assert predicted(data) == ["Hello<|im_end|>\n", "Five<|im_end|>\n"]
+    for given, message in (("{", "has 'tools' that are not JSON"), ({"a": 1}, "has a dict as 'tools', not a list")):
+        with pytest.raises(BadRowError, match=message):
+            set_up(byte_tokenizer, jsonl("b.jsonl", [{"messages": talk, "tools": given}]), chat_template=template)
+
+
+def test_content_in_parts_is_one_text(byte_tokenizer, jsonl, chatml):
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    talk = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": parts}]
+    image = [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}, talk[1]]
+    number = [{"role": "user", "content": 5}, talk[1]]
+    path = jsonl("a.jsonl", [{"messages": messages} for messages in (talk, image, number)])
+    with pytest.warns(
+        UserWarning, match="line 2 has a message with a part that is no text.*line 3 has a int as the content"
+    ):
+        data = set_up(byte_tokenizer, path, chat_template=chatml, on_bad_rows="report")
+    assert predicted(data) == ["Hello<|im_end|>\n"]
+    assert "user\nHi<|im_end|>" in data.shown(data.first("train", 1)[0])[0][0]
+
+
+def test_a_row_that_has_its_own_bos_and_eos_gets_no_others(byte_tokenizer, jsonl):
+    data = set_up(
+        byte_tokenizer,
+        jsonl("a.jsonl", [{"prompt": "<s>a", "completion": "b</s>"}, {"prompt": "a", "completion": "b"}]),
+    )
+    assert rows_of(data) == [([256, *b"ab", 257], [-100, -100, *b"b", 257])] * 2

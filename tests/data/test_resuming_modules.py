@@ -75,7 +75,8 @@ def test_every_module_gives_the_next_batch_again(data_dir, stories, kind):
 
 @pytest.mark.filterwarnings("ignore:of the rows of")
 @pytest.mark.parametrize(
-    ("kind", "num_workers"), [("instructions", 0), ("instructions", 2), ("packed instructions", 2), ("masked text", 0)]
+    ("kind", "num_workers"),
+    [("instructions", 0), ("instructions", 2), ("packed instructions", 2), ("masked text", 0), ("masked text", 2)],
 )
 def test_a_stream_gives_the_next_batch_again(data_dir, stories, kind, num_workers):
     options = {"streaming": True, "shuffle_buffer": 8, "num_workers": num_workers}
@@ -142,6 +143,11 @@ def test_bad_rows_of_a_stream_are_counted_once_whoever_reads_them(byte_tokenizer
         with pytest.warns(UserWarning, match="2 malformed rows left out"):
             assert sum(len(batch["labels"]) for batch in loader) == 20
         assert sum(len(batch["labels"]) for batch in loader) == 20
+        assert dict(data.bad_rows["train"].counts) == {"malformed": 2, "empty": 1}
+        assert len(data.first("train", 20)) == 20
+        assert len(data.first("train", 20)) == 20
+        with pytest.warns(UserWarning, match="2 malformed rows left out"):  # a second fit
+            list(data.train_dataloader())
         assert dict(data.bad_rows["train"].counts) == {"malformed": 2, "empty": 1}
 
 
@@ -217,3 +223,38 @@ def test_token_classification_resumes(byte_tokenizer, jsonl):
     again = data.train_dataloader()
     again.load_state_dict(loader.state_dict())
     assert [plain(batch) for batch in again] == expected[1:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_that_gives_nothing_or_a_bad_row_says_so(byte_tokenizer, jsonl, num_workers):
+    rows = [{"prompt": "p", "completion": "a"}] * 3
+    for path, message in (
+        (jsonl("a.jsonl", []), "a.jsonl' gives no rows for 'train'; it has none"),
+        (jsonl("b.jsonl", [*rows, "{broken"]), "b.jsonl' line 4 is not JSON"),
+    ):
+        data = InstructionDataModule(byte_tokenizer, path, streaming=True, num_workers=num_workers)
+        data.setup("fit")
+        with pytest.raises(ConfigError, match=message):
+            list(data.train_dataloader())
+
+
+def test_workers_share_what_is_replayed(byte_tokenizer, jsonl):
+    train = jsonl("a.jsonl", [{"text": "t" * 8}] * 40)
+    replay = jsonl("b.jsonl", [{"text": " "}] + [{"text": chr(65 + number) * 8} for number in range(20)])
+    options = {"separator": "none", "block_size": 8, "replay_share": 0.2, "on_bad_rows": "report"}
+    data = TextDataModule(byte_tokenizer, train, streaming=True, replay=replay, num_workers=2, batch_size=5, **options)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="1 empty row left out"):
+        rows = [chr(row[0]) for batch in data.train_dataloader() for row in batch["input_ids"].tolist()]
+    replayed = [row for row in rows if row != "t"]
+    assert (len(rows), len(replayed), len(set(replayed))) == (50, 10, 10)
+    assert dict(data.bad_rows["train"].counts) == {"empty": 1}
+
+
+def test_a_stream_does_not_look_for_text_to_replay_without_end(byte_tokenizer, jsonl):
+    train, replay = jsonl("a.jsonl", [{"text": "t" * 8}] * 40), jsonl("b.jsonl", [{"text": "short"}])
+    options = {"separator": "none", "block_size": 8, "replay_share": 0.2}
+    data = TextDataModule(byte_tokenizer, train, streaming=True, replay=replay, **options)
+    data.setup("fit")
+    with pytest.raises(ConfigError, match="b.jsonl' gives 5 tokens to replay, fewer than one row of block_size=8"):
+        list(data.train_dataloader())

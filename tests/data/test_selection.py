@@ -70,3 +70,14 @@ def test_the_library_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'lightning-peft\[data\]'"):
         minhashes(["a"])
+
+
+def test_scripts_without_spaces_are_compared_by_their_characters():
+    texts = [
+        "我今天去公园散步看到很多花",
+        "我今天去公园散步看到很多花。",
+        "股票市场星期一大幅下跌了",
+        "我今天去公园散步看到很多鸟",
+    ]
+    assert duplicates(minhashes(texts), 0.95) == {1: 0}
+    assert 2 in most_different(minhashes(texts), 2)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import pickle
 import sys
 
 import pytest
 
-from lightning_peft.data.bad_rows import BadRows
-from lightning_peft.data.sources import Row, read_rows
 from lightning_peft.errors import BadRowError, ConfigError
+from lightning_peft.source_rows.bad_rows import BadRows
+from lightning_peft.source_rows.reading import Row, first_rows, read_rows
 
 ROWS = [{"text": "a b", "n": "1"}, {"text": "c, d", "n": "2"}]
 
@@ -51,10 +53,10 @@ def test_malformed_rows_are_counted_with_file_and_line(tmp_path, jsonl):
     assert dict(bad.counts) == {"malformed": 2}
     assert bad.to_dict()["malformed"]["rows"][1] == f"'{path}' line 3 is a JSON list, not an object with fields"
     assert str(bad).startswith(f"2 malformed rows left out: '{path}' line 2 is not JSON")
-    csv = tmp_path / "a.csv"
-    csv.write_text('text,n\na,1\n"two\nlines",2\nb\nc,3,4\nd,5\n')
+    records = tmp_path / "a.csv"
+    records.write_text('text,n\na,1\n"two\nlines",2\nb\nc,3,4\nd,5\n')
     bad = BadRows("report")
-    assert values(csv, bad) == [{"text": t, "n": n} for t, n in [("a", "1"), ("two\nlines", "2"), ("d", "5")]]
+    assert values(records, bad) == [{"text": t, "n": n} for t, n in [("a", "1"), ("two\nlines", "2"), ("d", "5")]]
     assert [place.partition("line ")[2] for place in bad.places["malformed"]] == [
         "5 has 1 values for the 2 columns text, n",
         "6 has 3 values for the 2 columns text, n",
@@ -105,3 +107,68 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
     for source in (str(tmp_path), str(tmp_path / "a.parquet")):
         with pytest.raises(ConfigError, match=r"not installed: pip install 'lightning-peft\[data\]'"):
             values(source)
+
+
+# -- what files of the world hold --------------------------------------------------------------------------------------
+
+
+def test_the_mark_of_utf8_in_front_of_a_file_is_no_part_of_its_first_row(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    for name, content in {"a.jsonl": b'{"text": "a"}\r\n', "a.csv": b"text\r\na\r\n", "a.TXT": b"a\r\n"}.items():
+        (tmp_path / name).write_bytes(mark + content)
+        assert values(tmp_path / name) == [{"text": "a"}]
+    assert values(tmp_path / "a.TXT", whole_text=True) == [{"text": "a\n"}]
+
+
+def test_half_a_character_and_a_number_without_end_are_malformed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n{"n": ' + "1" * 5000 + "}\n")
+    bad = BadRows("report")
+    assert values(path, bad) == [{"text": "\U0001f600"}]
+    first, second = bad.places["malformed"]
+    assert "line 1 is not UTF-8 text: surrogates not allowed" in first
+    assert "line 3 is not JSON" in second
+
+
+def test_a_csv_record_is_told_by_the_line_it_begins_in(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'text,n\n"two\nlines",1\n\n"one\xff",2\nb,3\n"open,4\nc,5\n')
+    bad = BadRows("report")
+    rows = list(read_rows(str(path), bad))
+    assert [(dict(row.values), row.line) for row in rows] == [
+        ({"text": "two\nlines", "n": "1"}, 2),
+        ({"text": "b", "n": "3"}, 6),
+    ]
+    first, second = bad.places["malformed"]
+    assert "line 5 is not UTF-8 text" in first
+    assert "line 7 is not CSV: unexpected end of data; a quote that opens here is not closed" in second
+
+
+def test_a_value_of_a_csv_file_may_be_a_long_document(tmp_path):
+    limit = csv.field_size_limit()
+    text = "line\n" * 40_000
+    (tmp_path / "a.csv").write_text(f'text\n"{text}"\nb\n')
+    assert values(tmp_path / "a.csv") == [{"text": text}, {"text": "b"}]
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path, jsonl):
+    pytest.importorskip("datasets")
+    (tmp_path / "run:1").mkdir()
+    jsonl("run:1/train.jsonl", ROWS)
+    options = {"cache_dir": str(tmp_path / "cache")}
+    assert values(tmp_path / "run:1", streaming=True, options=options) == ROWS
+
+
+def test_rows_to_measure_on_are_all_there_or_refused(tmp_path, jsonl):
+    path = jsonl("a.jsonl", [*ROWS, "{broken"])
+    assert [dict(row.values) for row in first_rows(path, 2)] == ROWS
+    with pytest.raises(BadRowError, match="line 3 is not JSON") as error:
+        first_rows(path)
+    assert "on_bad_rows" not in str(error.value)
+    assert pickle.loads(pickle.dumps(error.value)).where == error.value.where
+    with pytest.raises(ConfigError, match="there is no file 'nowhere.jsonl'; relative paths start at"):
+        first_rows("nowhere.jsonl")
+    with pytest.raises(ConfigError, match="has no rows, so there is nothing to measure"):
+        first_rows(jsonl("b.jsonl", ["", " "]))

@@ -469,3 +469,16 @@ def test_documents_that_cannot_be_used_are_counted(tokenizer, rows_file):
     with pytest.warns(UserWarning, match="1 empty row left out: .* line 2 has no text\n1 malformed row left out"):
         data = set_up(tokenizer, path, block_size=4, on_bad_rows="report", shuffle=False)
     assert all_ids(data.train_dataloader()) == [BOS, *b"abc", BOS, *b"def"]
+
+
+def test_what_is_shown_as_predicted_begins_with_the_second_token(tokenizer, rows_file):
+    data = set_up(tokenizer, rows_file("a.jsonl", [{"text": "abc"}]), block_size=4)
+    assert data.shown(data.first("train", 1)[0]) == [("<s>", False), ("abc", True)]
+
+
+def test_too_little_text_is_told_with_what_was_left_out(tokenizer, rows_file):
+    path = rows_file("a.jsonl", [{"story": "abc"}] * 3)
+    with pytest.raises(
+        ConfigError, match="gives 0 tokens for 'train'.*of its rows, 3 malformed rows left out: .* line 1"
+    ):
+        set_up(tokenizer, path, block_size=4, on_bad_rows="report")

@@ -345,7 +345,7 @@ def test_the_input_is_never_copied_to_the_precision_of_the_adapter(dtype):
     linear = nn.Sequential(nn.Linear(64, 64, dtype=dtype))
     inject(linear, LoRA(rank=4), "0")
     shake(linear)
-    x = torch.randn(33, 64, dtype=dtype, requires_grad=True)
+    x = torch.randn(600, 64, dtype=dtype, requires_grad=True)  # so many that its products are in 16 bits too
     with Operations() as operations:
         y = linear(x)
         y.float().square().sum().backward()

@@ -1,6 +1,6 @@
 """LoRA keeps the contract, in the variants whose arithmetic differs."""
 
-from lightning_peft import LoRA
+from lightning_peft import LoRA, fuse_blocks
 from lightning_peft.testing import MethodConformance, tiny_gpt2, tiny_llama
 
 
@@ -33,3 +33,13 @@ class TestSlicesOfAFusedProjection(MethodConformance):
 
     def model(self):
         return tiny_gpt2()
+
+
+class TestOnFusedBlocks(MethodConformance):
+    """Norms and MLPs keep less for backward, and the adapters that read them too; dropout keeps masks."""
+
+    method = LoRA(dropout=0.1)
+    targets = "all_linear"
+
+    def model(self):
+        return fuse_blocks(tiny_llama())

@@ -302,7 +302,7 @@ def test_the_loss_is_that_of_the_tokens_after_the_first():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
 @torch.no_grad()
-def test_sequences_are_classified_by_their_own_tokens(family):
+def test_sequences_are_classified_by_what_leaves_the_backbone(family):
     names = {"llama": "Llama", "gpt2": "GPT2", "bert": "Bert", "roberta": "Roberta"}
     model = make(family, kind=getattr(transformers, f"{names[family]}ForSequenceClassification"))
     inputs = batch("right", pad=model.config.pad_token_id)

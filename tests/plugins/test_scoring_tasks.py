@@ -64,7 +64,7 @@ def test_choices_are_compared_by_likelihood_and_by_that_a_character(llama, llama
     [
         ({"question": "x", "choices": ["a"], "label": 0}, r"line 1: 'choices' must be a list of two texts or more"),
         ({"question": "x", "choices": ["a", "b"], "label": 2}, r"'label' must be one of the 2 choices or its number"),
-        ({"question": "x", "choice": ["a", "b"], "label": 0}, r"'choices' was asked for.*did you mean 'choice'"),
+        ({"question": "x", "choice": ["a", "b"], "label": 0}, r"line 1 has no field 'choices'; did you mean 'choice'"),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(row, message, llama, llama_dir, tmp_path):

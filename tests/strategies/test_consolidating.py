@@ -1,5 +1,6 @@
 """``lightning-peft consolidate``: what processes wrote together as one file, or as an adapter folder."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_peft import LoRA, NormTuning, PEFTModule, load_adapters
-from lightning_peft.adapter_files import WEIGHTS
+from lightning_peft.adapter_files import OWN_CONFIG, WEIGHTS
 from lightning_peft.cli import main
 from lightning_peft.composition import Adaptation
 from lightning_peft.testing import tiny_llama
@@ -69,6 +70,27 @@ def test_the_adapter_folder_is_the_one_beside_it_or_written_over_the_base(saved,
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], value) for key, value in wanted.items())
     assert set(load_adapters(tiny_llama(), tmp_path / "made")) == {"lora", "norm_tuning"}
+
+
+def test_matrices_that_were_cut_by_columns_are_whole_again(run, tmp_path):
+    """Of rank 2 among four processes no other cut gives each of them a part."""
+    method, path = LoRA(rank=2, init="gaussian"), tmp_path / "run" / "step=2.ckpt"
+    run("fsdp folder", devices=4, module=module(method), steps=2, save=path.parent)
+    run("ddp", devices=4, module=module(method), steps=2, save=tmp_path / "file")
+    assert main(["consolidate", str(path), str(tmp_path / "one.ckpt")]) == 0
+    ours, theirs = (
+        torch.load(file, weights_only=True)["state_dict"]
+        for file in (tmp_path / "one.ckpt", tmp_path / "file" / "step=2.ckpt")
+    )
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7)
+    folder = path.with_suffix(".adapter")
+    assert json.loads((folder / OWN_CONFIG).read_text())["base"]["class"] == "LlamaForCausalLM"
+    load_adapters(model := tiny_llama(), folder)
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(value, ours[f"model.{name}"], rtol=0, atol=0)
 
 
 def test_what_does_not_fit_is_refused(saved, tmp_path, capsys):

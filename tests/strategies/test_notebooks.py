@@ -49,6 +49,27 @@ def test_a_fit_is_followed_by_others_in_the_same_process(forked, tmp_path, kind,
     assert after["val_loss"] < here["val_loss"]
 
 
+class Ordered(DataLoader):
+    """A loader whose state is larger than a pipe."""
+
+    def state_dict(self):
+        return {"order": list(range(100_000)), "seed": torch.tensor(3)}
+
+    def load_state_dict(self, state):
+        assert len(state["order"]) == 100_000
+        assert int(state["seed"]) == 3
+        self.loaded = True
+
+
+@pytest.mark.timeout(60)
+def test_the_state_of_a_loader_comes_back_whatever_its_size(forked):
+    trainer = forked("ddp", max_steps=1, use_distributed_sampler=False)
+    trainer.fit(PEFTModule(tiny_llama(), LoRA(rank=1)), Ordered(ROWS, batch_size=4))
+    (state,) = trainer.fit_loop._combined_loader_states_to_load
+    assert len(state["order"]) == 100_000
+    assert trainer.global_step == 1
+
+
 class Asks(PEFTMixin, LightningModule):
     """A module whose model cannot be made outside of a run."""
 

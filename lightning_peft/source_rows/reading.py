@@ -11,23 +11,28 @@
 a folder              a row of its split                           ``datasets.load_dataset``
 ====================  ===========================================  ==================================
 
-Files are read here and not by ``datasets``, which gives up on a whole file where one line is malformed.
+Files are read here and not by ``datasets``, which gives up on a whole file where one line is malformed. What stands in front of a
+file to say that it is UTF-8, the byte order mark, is no part of its first row.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.bad_rows import BadRows
 from lightning_peft.errors import BadRowError, ConfigError, did_you_mean
+from lightning_peft.source_rows.bad_rows import BadRows
 
 FORMATS = (".jsonl", ".csv", ".parquet", ".txt")
 _ROWS_AT_ONCE = 256
+_LONGEST_VALUE = 2**31 - 1
+"""Characters in a value of a CSV file; Python's csv refuses more than 131,072 unless told otherwise, and documents have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class Row:
     source: str
     """The file, or the data set."""
     line: int
-    """Its line in the file, or its number, from 1."""
+    """Its first line in the file, or its number, from 1."""
 
     @property
     def where(self) -> str:
@@ -97,23 +102,48 @@ def read_rows(
         ConfigError: there is no such file or data set, or it is of another kind.
         BadRowError: a row cannot be read, and such rows are refused.
     """
-    file = Path(source)
-    if file.suffix in FORMATS:
+    file, suffix = Path(source), suffix_of(source)
+    if suffix in FORMATS:
         if not file.is_file():
             raise ConfigError(
                 f"there is no text file {source!r}; relative paths start at the working directory, which is {str(Path.cwd())!r}"
             )
-        if file.suffix == ".txt":
+        if suffix == ".txt":
             return _whole_text(source) if whole_text else _lines(source, bad_rows)
-        return {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[file.suffix](source, bad_rows)
-    if file.is_file() or (file.suffix and not file.is_dir() and source.count("/") != 1):
+        return {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[suffix](source, bad_rows)
+    if file.is_file() or (suffix and not file.is_dir() and source.count("/") != 1):
         raise ConfigError(f"{source!r} is none of {', '.join(FORMATS)}; convert it, or rename it if it is one of them")
     return _data_set(source, split, streaming, dict(options or {}))
 
 
+def first_rows(path: str, limit: int | None = None) -> list[Row]:
+    """Return the first ``limit`` rows of a local file, all if None, to measure on; a ``.txt`` is one row with the field ``text``.
+
+    Raises:
+        ConfigError: there is no such file, it is of another kind, or has no rows.
+        BadRowError: a row cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"there is no file {path!r}; relative paths start at {str(Path.cwd())!r}")
+    rows = list(itertools.islice(read_rows(path, BadRows("raise", hint=False), whole_text=True), limit))
+    if not rows:
+        raise ConfigError(f"{path!r} has no rows, so there is nothing to measure")
+    return rows
+
+
+def suffix_of(source: str) -> str:
+    """Return what the name of a file ends in, in small letters: ``.jsonl``; empty where it ends in nothing.
+
+    Example:
+        >>> suffix_of("data/Train.CSV"), suffix_of("owner/name:train")
+        ('.csv', '')
+    """
+    return Path(source).suffix.lower()
+
+
 def _whole_text(source: str) -> Iterator[Row]:
     try:
-        yield Row({"text": Path(source).read_text(encoding="utf-8")}, source, 1)
+        yield Row({"text": Path(source).read_text(encoding="utf-8-sig")}, source, 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source!r} is not UTF-8 text: {error}") from error
 
@@ -122,14 +152,16 @@ def _numbered_lines(source: str, bad_rows: BadRows) -> Iterator[tuple[int, str]]
     with Path(source).open("rb") as lines:
         for number, raw in enumerate(lines, start=1):
             try:
-                line = raw.decode("utf-8")
+                line = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
             except UnicodeDecodeError as error:
-                bad_rows.note(
-                    BadRowError("malformed", f"{source!r} line {number}", f"is not UTF-8 text: {error.reason}")
-                )
+                bad_rows.note(_not_text(f"{source!r} line {number}", error.reason))
                 continue
             if line.strip():
                 yield number, line
+
+
+def _not_text(where: str, reason: str) -> BadRowError:
+    return BadRowError("malformed", where, f"is not UTF-8 text: {reason}")
 
 
 def _lines(source: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -142,7 +174,12 @@ def _jsonl(source: str, bad_rows: BadRows) -> Iterator[Row]:
         where = f"{source!r} line {number}"
         try:
             values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            if "\\u" in line:  # escapes may spell what is no character: half of a pair
+                json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            bad_rows.note(_not_text(where, error.reason))
+            continue
+        except (ValueError, RecursionError) as error:
             bad_rows.note(BadRowError("malformed", where, f"is not JSON: {error}"))
             continue
         if isinstance(values, dict):
@@ -153,18 +190,13 @@ def _jsonl(source: str, bad_rows: BadRows) -> Iterator[Row]:
 
 
 def _csv(source: str, bad_rows: BadRows) -> Iterator[Row]:
-    lines = (line for _, line in _numbered_lines_of_csv(source))
-    records = csv.reader(lines, strict=True)
     header: list[str] | None = None
-    while True:
+    for line, record in _csv_records(source, bad_rows):
+        where = f"{source!r} line {line}"
         try:
-            record = next(records)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            bad_rows.note(BadRowError("malformed", f"{source!r} line {records.line_num}", f"is not CSV: {error}"))
-            continue
-        if not record:
+            "".join(record).encode()
+        except UnicodeEncodeError:
+            bad_rows.note(_not_text(where, "invalid byte"))
             continue
         if header is None:
             header = record
@@ -172,18 +204,30 @@ def _csv(source: str, bad_rows: BadRows) -> Iterator[Row]:
                 raise ConfigError(f"{source!r} has two columns of one name in its first line, the header: {header}")
         elif len(record) != len(header):
             found = f"has {len(record)} values for the {len(header)} columns {', '.join(header)}"
-            bad_rows.note(BadRowError("malformed", f"{source!r} line {records.line_num}", found))
+            bad_rows.note(BadRowError("malformed", where, found))
         else:
-            yield Row(dict(zip(header, record, strict=True)), source, records.line_num)
+            yield Row(dict(zip(header, record, strict=True)), source, line)
 
 
-def _numbered_lines_of_csv(source: str) -> Iterator[tuple[int, str]]:
-    # A record may go over lines, so lines are not left out one by one.
-    try:
-        with Path(source).open(encoding="utf-8-sig", newline="") as lines:
-            yield from enumerate(lines, start=1)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source!r} is not UTF-8 text: {error}") from error
+def _csv_records(source: str, bad_rows: BadRows) -> Iterator[tuple[int, list[str]]]:
+    """Yield the records, each with the line that it begins in; what is not UTF-8 comes as it does from Python's surrogateescape."""
+    with Path(source).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        records = csv.reader(lines, strict=True)
+        while True:
+            line, limit = records.line_num + 1, csv.field_size_limit(_LONGEST_VALUE)
+            try:
+                record = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                open_quote = "; a quote that opens here is not closed" if "end of data" in str(error) else ""
+                found = f"is not CSV: {error}{open_quote}"
+                bad_rows.note(BadRowError("malformed", f"{source!r} line {line}", found))
+                continue
+            finally:
+                csv.field_size_limit(limit)
+            if record:
+                yield line, record
 
 
 def _parquet(source: str, bad_rows: BadRows) -> Iterator[Row]:
@@ -213,7 +257,7 @@ def _data_set(source: str, split: str, streaming: bool, options: dict[str, Any])
             f"{source!r} is no file, and data sets of the hub are read with datasets, which is not installed: "
             "pip install 'lightning-peft[data]'"
         ) from error
-    name, _, named = source.partition(":")
+    name, _, named = (source, "", "") if Path(source).is_dir() else source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=named or split, streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -28,6 +28,7 @@ class BadRows:
 
     Args:
         mode: ``raise`` refuses the first one, ``report`` counts all.
+        hint: the error says how to count such rows instead.
 
     Example:
         >>> rows = BadRows("report")
@@ -36,10 +37,10 @@ class BadRows:
         1 empty row left out: 'a.jsonl' line 3 has no text
     """
 
-    def __init__(self, mode: OnBadRows = "raise") -> None:
+    def __init__(self, mode: OnBadRows = "raise", *, hint: bool = True) -> None:
         if mode not in ("raise", "report"):
             raise ConfigError(f"on_bad_rows must be 'raise' or 'report', got {mode!r}")
-        self.mode = mode
+        self.mode, self.hint = mode, hint
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         """Of each kind, the file, line and reason of the rows, the first thousand."""
@@ -51,7 +52,8 @@ class BadRows:
             BadRowError: rows are refused.
         """
         if self.mode == "raise":
-            raise BadRowError(error.kind, error.where, f"{error.reason}; on_bad_rows='report' counts such rows instead")
+            instead = "; on_bad_rows='report' counts such rows instead" if self.hint else ""
+            raise BadRowError(error.kind, error.where, error.reason + instead)
         self.add(error.kind, f"{error.where} {error.reason}")
 
     def add(self, kind: str, what: str) -> None:
