@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.arithmetic.lean_linear import product_dtype
+
 if TYPE_CHECKING:
     from lightning_peft.arithmetic.low_rank import LowRankLinear
 
@@ -41,6 +43,8 @@ def forward_only(adapter: LowRankLinear, base: Any, x: Tensor) -> Tensor | None:
     rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     if y.dtype is A.dtype is x.dtype:
         out.addmm_(torch.mm(A, rows.t()).t(), B, alpha=adapter.scaling)
+    elif A.dtype is product_dtype(rows, out) is torch.float32:
+        out.add_(torch.mm(torch.mm(A, rows.float().t()).t(), B), alpha=adapter.scaling)
     else:
         adapter._update(rows, out, in_place=True)
     return y
