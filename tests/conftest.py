@@ -11,6 +11,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Read once, when triton is first imported: without a GPU its interpreter runs the kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", *"0123456789", *".,;:!?-'()+*/=<>&%$#[]"]
 

@@ -1,5 +1,6 @@
 """``benchmarks/gpu.py`` on the CPU: the code that a GPU runs, and what it says where there is none."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
@@ -76,3 +77,24 @@ def test_steps_that_are_all_warm_up_are_refused(gpu, capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--steps", "3", "--warm-up", "3"])
     assert "--warm-up must leave some of the 3 steps, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("what", ["layer", "rows"])
+def test_kernels_are_compared_on_the_cpu_too(what, monkeypatch):
+    pytest.importorskip("triton", reason="needs triton: pip install 'lightning-peft[triton]'")
+    monkeypatch.syspath_prepend(str(FILE.parent))
+    spec = importlib.util.spec_from_file_location("gpu_kernels_benchmark", FILE.with_name("gpu_kernels.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    from lightning_peft.arithmetic import triton_low_rank
+
+    launched = []
+    add = triton_low_rank.add
+    monkeypatch.setattr(triton_low_rank, "add", lambda *args: (launched.append(what), add(*args))[1])
+    options = argparse.Namespace(what=[what], widths=["32x48"], tokens=[4], rank=2, device="cpu", rounds=1)
+    found = {row.arm: row for row in module.measure(options)}  # compares what kernels and the plain path return
+    assert {"HF PEFT", "frozen", "plain", "kernels"} < found.keys()
+    assert (
+        len(launched) == (1 + 2 + 1 + 1) * {"layer": 2, "rows": 1}[what]
+    )  # the comparison, two rounds, bytes, one round

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.arithmetic.dropped_parts import dropped_part
 from lightning_peft.arithmetic.forward_only import forward_only
 from lightning_peft.arithmetic.forward_only import hooked as _hooked
@@ -243,11 +244,16 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+<<<<<<< HEAD
         if type(base) is self.direct and not torch.is_grad_enabled():
             y = forward_only(self, base, x)
             if y is not None:
                 return y
         if (y := lean_forward(self, base, x)) is not None:
+=======
+        y = gpu_low_rank.layer_and_update(self, base, x)
+        if y is not None or (y := lean_forward(self, base, x)) is not None:
+>>>>>>> main
             return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
@@ -293,6 +299,8 @@ class LowRankLinear(LowRankAdapter):
         """Return y (tokens, out) plus the update of x (tokens, in)."""
         if self.dropout and self.training:
             x = dropped_part(x, self.dropout, self.input_part)
+        if (total := gpu_low_rank.update(self, x, y, in_place=in_place)) is not None:
+            return total
         dtype = product_dtype(x, y)
         A, B, x = (tensor.to(dtype) for tensor in (*self.factors(), x))
         h = A @ x.t()  # (k * rank, tokens)

@@ -4,7 +4,8 @@
 
     y[r] = W x[r] + s_r B_r A_r x[r]        x: (rows, tokens, in)
 
-The base runs once, on all rows; those without an adapter stay the base bit for bit. The updates come in one of four ways:
+The base runs once, on all rows; those without an adapter stay the base bit for bit. On a GPU one kernel can make all updates, see
+``gpu_low_rank``. Else they come in one of four ways:
 
     products    A (rows, K, in), B (rows, K, out)      two batched products; with gradients, when compiled, and off the CPU; neighbours
                                                        of one adapter are one longer row where that works out for all
@@ -28,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_peft.arithmetic.row_stacks import RowStack, stacked
+from lightning_peft.arithmetic import gpu_low_rank
+from lightning_peft.arithmetic.row_stacks import RowStack, padded_pairs, stacked, while_unchanged
 from lightning_peft.row_batches import AdapterRows
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _Batch: TypeAlias = tuple[int, int, int, int, int]
 
 def low_rank_rows(base: Callable[..., Any], rows: AdapterRows, x: Tensor) -> Tensor:
     """Return y (..., out) for x (..., in), whose first dimension holds the rows of the batch, each the same number of times."""
+    if (y := gpu_low_rank.rows_and_updates(base, rows, x)) is not None:
+        return y
     if not torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _into(base, rows, x)
     return _products(base, rows, x)
@@ -318,27 +322,13 @@ def _gathered(rows: AdapterRows, places: list[int], y: Tensor) -> tuple[Tensor, 
     Without gradients they are kept while the parameters do not change.
     """
     adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
-    kept = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    mark: Any = None
-    if kept:
-        tensors = [tensor for adapter in adapters for tensor in adapter.held_tensors()]
-        kept = not any(tensor.is_inference() for tensor in tensors)  # these do not count their changes
-        if kept:
-            scales = [adapter.scaling for adapter in adapters]
-            mark = (y.dtype, y.device, scales, [(tensor.data_ptr(), tensor._version) for tensor in tensors])
-    if kept and rows.held.get("mark") == mark:
-        held: tuple[Tensor, Tensor] = rows.held["pair"]
-        return held
-    pairs = [adapter.row_factors() for adapter in adapters]
-    K = max(len(A) for A, _ in pairs)
-    downs = [F.pad(A, (0, 0, 0, K - len(A))) if len(A) < K else A for A, _ in pairs]
-    scaled = [B * adapter.scaling for (_, B), adapter in zip(pairs, adapters, strict=True)]
-    ups = [F.pad(B, (0, 0, 0, K - len(B))) if len(B) < K else B for B in scaled]
-    index = rows.numbers(places, y.device)
-    A, B = (torch.stack(list(one)).to(y).index_select(0, index) for one in (downs, ups))
-    if kept:
-        rows.held.update(mark=mark, pair=(A, B))
-    return A, B
+
+    def made() -> tuple[Tensor, Tensor]:
+        index = rows.numbers(places, y.device)
+        A, B = (one.to(y).index_select(0, index) for one in padded_pairs(adapters))
+        return A, B
+
+    return while_unchanged(rows, (y.dtype, y.device), made)
 
 
 def _dropped(x: Tensor, rates: list[float]) -> Tensor:

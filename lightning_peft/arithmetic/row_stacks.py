@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.row_batches import AdapterRows
@@ -119,3 +121,37 @@ def stacked(base: Any, rows: AdapterRows, dtype: torch.dtype, most: int) -> RowS
 
 def _tensors(adapters: tuple[LowRankLinear, ...]) -> list[Tensor]:
     return [tensor for adapter in adapters for tensor in adapter.held_tensors()]
+
+
+def padded_pairs(adapters: tuple[LowRankLinear, ...]) -> tuple[Tensor, Tensor]:
+    """Return A (adapters, K, in) and B (adapters, K, out) of the adapters, zeros up to the largest rank K, the scales in B."""
+    pairs = [adapter.row_factors() for adapter in adapters]
+    K = max(len(A) for A, _ in pairs)
+    downs = [F.pad(A, (0, 0, 0, K - len(A))) if len(A) < K else A for A, _ in pairs]
+    scaled = [B * adapter.scaling for (_, B), adapter in zip(pairs, adapters, strict=True)]
+    ups = [F.pad(B, (0, 0, 0, K - len(B))) if len(B) < K else B for B in scaled]
+    return torch.stack(downs), torch.stack(ups)
+
+
+def while_unchanged(rows: AdapterRows, key: Any, make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return what ``make`` makes of the adapters; without gradients it is kept with ``rows`` while no parameter changes.
+
+    Args:
+        rows: the rows and their adapters.
+        key: what else it depends on.
+        make: makes it.
+    """
+    adapters: tuple[LowRankLinear, ...] = rows.adapters  # type: ignore[assignment]
+    mark: Any = None
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        tensors = _tensors(adapters)
+        if not any(tensor.is_inference() for tensor in tensors):  # these do not count their changes
+            scales = [adapter.scaling for adapter in adapters]
+            mark = (key, scales, [(tensor.data_ptr(), tensor._version) for tensor in tensors])
+    if mark is not None and rows.held.get("mark") == mark:
+        held: tuple[Tensor, Tensor] = rows.held["pair"]
+        return held
+    made = make()
+    if mark is not None:
+        rows.held.update(mark=mark, pair=made)
+    return made
