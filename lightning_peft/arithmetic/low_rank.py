@@ -244,16 +244,12 @@ class LowRankLinear(LowRankAdapter):
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
-<<<<<<< HEAD
-        if type(base) is self.direct and not torch.is_grad_enabled():
+        if type(base) is self.direct and not torch.is_grad_enabled() and not gpu_low_rank.asked:
             y = forward_only(self, base, x)
             if y is not None:
                 return y
-        if (y := lean_forward(self, base, x)) is not None:
-=======
         y = gpu_low_rank.layer_and_update(self, base, x)
         if y is not None or (y := lean_forward(self, base, x)) is not None:
->>>>>>> main
             return self.add_bias(y)
         y = self.computed(base, x)  # fresh here, so the update can go into it
         if y is not None:
