@@ -33,6 +33,25 @@ from torch.utils._pytree import tree_leaves
 
 Arm = Callable[[], Any]
 AGAIN = "again"
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An arm of which only the middle counts."""
+
+    before: Callable[[], Any]
+    """Makes what ``run`` takes."""
+    run: Callable[[Any], Any]
+    """What is measured."""
+    after: Callable[[Any], Any] = lambda made: None
+    """Clears up; it takes what ``run`` took."""
+
+    def __call__(self) -> None:
+        made = self.before()
+        self.run(made)
+        self.after(made)
+
+
 ALLOCATORS: dict[str, dict[str, str]] = {
     "plain": {},
     "tuned": {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"},
@@ -62,6 +81,11 @@ class PeakBytes(TorchDispatchMode):
 
 def peak_bytes(arm: Arm, device: str = "cpu") -> int:
     """Return how many bytes ``arm`` has at a time, at most, above what there was before it."""
+    if isinstance(arm, Staged):
+        made = arm.before()
+        found = peak_bytes(lambda: arm.run(made), device)
+        arm.after(made)
+        return found
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -76,6 +100,11 @@ def peak_bytes(arm: Arm, device: str = "cpu") -> int:
 
 def seconds(arm: Arm, device: str = "cpu") -> float:
     """Return what one call of ``arm`` takes: of the CPU, or between two events of the GPU."""
+    if isinstance(arm, Staged):
+        made = arm.before()
+        found = seconds(lambda: arm.run(made), device)
+        arm.after(made)
+        return found
     if device != "cuda":
         start = time.process_time()
         arm()
@@ -156,8 +185,21 @@ def compare(
     for _ in range(rounds):
         for name in random.sample(list(runs), len(runs)):
             times[name].append(timed(runs[name]))
+    return judged(case, times, bound=bound, device=device, peaks=peaks)
+
+
+def judged(
+    case: str,
+    times: Mapping[str, list[float]],
+    *,
+    bound: str | None = None,
+    device: str = "cpu",
+    peaks: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Return the rows of ``times``: seconds of each arm, round by round. The first arm is there again under its name with ``AGAIN``."""
+    first, *_ = times
     ratios = {name: [a / b for a, b in zip(found, times[first], strict=True)] for name, found in times.items()}
-    low, high = interval(ratios[again])
+    low, high = interval(ratios[f"{first} {AGAIN}"])
     trusted = low > 1 - TRUSTED and high < 1 + TRUSTED
     rows = []
     for name, found in ratios.items():
@@ -170,8 +212,8 @@ def compare(
             *interval(found),
             trusted,
         )
-        if memory:
-            row.peak, row.peak_ratio = peaks[name], peaks[name] / peaks[first]
+        if peaks:
+            row.peak, row.peak_ratio = peaks[name], peaks[name] / max(1, peaks[first])
         if bound is not None:
             least = statistics.median(ratios[bound])
             row.overhead = (row.ratio - least) / (1 - least) if least < 1 else None

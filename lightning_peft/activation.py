@@ -37,7 +37,7 @@ def set_active_adapters(model: nn.Module, names: str | Sequence[str]) -> None:
     for name in names:
         if not any(name in layer.adapters for layer in layers.values()):
             adapters_named(model, name)  # raises, saying what there is
-    for path, layer in layers.items():
+    for path, layer in layers.items() if len(names) > 1 else ():
         if (met := met_alone(layer, names, records(model))) is not None:
             raise InjectionError(
                 f"{met.all} are all at {path!r}, but {alone(model, met.one, path)}; activate one of them"

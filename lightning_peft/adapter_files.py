@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,12 +202,24 @@ def to_json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename."""
+def write_file(path: Path, content: bytes | memoryview | Iterable[bytes | memoryview], *, last: bool = True) -> str:
+    """Replace ``path`` by ``content``: temporary file in the same folder, fsync, rename.
+
+    Args:
+        path: the file.
+        content: all of it, or its parts.
+        last: whether the names in the folder must be on the disk when this returns; :func:`settle_folder` does it for several files.
+
+    Returns:
+        The SHA-256 of the content in hexadecimal.
+    """
+    digest = hashlib.sha256()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for part in (content,) if isinstance(content, (bytes, memoryview)) else content:
+                digest.update(part)
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -216,7 +228,14 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    if last:
+        settle_folder(path.parent)
+    return digest.hexdigest()
+
+
+def settle_folder(path: Path) -> None:
+    """Have the names of the files in ``path`` on the disk."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -7,44 +7,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.errors import AdapterNotFoundError, InjectionError, MergeError
+from lightning_peft.finite import all_finite
 from lightning_peft.interfaces import Adapter
+from lightning_peft.layer_parts import MergeState, RowRunner
 from lightning_peft.sharded_parameters import kept, merged_whole, put
+from lightning_peft.walks import forget_walks, walked
 
 _TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Child names under which ``torch.compile`` and activation checkpointing hide the module that was there."""
-
-
-@dataclass(frozen=True)
-class MergeState:
-    """What is merged at one place: the tensors themselves, not copies of them."""
-
-    base_layer: nn.Module
-    """The module that is wrapped."""
-    values: Mapping[str, Tensor]
-    """Its parameters."""
-    merged: tuple[str, ...]
-    """Names of the merged adapters."""
-    originals: Mapping[str, Tensor]
-    """What merging replaced, by parameter name."""
-    replaced: tuple[nn.Module, ...]
-    """The module that merging replaced, if it did."""
-    permanent: tuple[str, ...]
-    """Names of the adapters that were merged without keeping what they replaced."""
-
-
-class RowRunner(Protocol):
-    """What decides, row by row of a batch, which adapters act at a place."""
-
-    def run(self, layer: AdapterLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what ``layer`` returns for these arguments."""
 
 
 class AdapterLayer(nn.Module):
@@ -61,23 +39,22 @@ class AdapterLayer(nn.Module):
     adapters: nn.ModuleDict
     _rows: RowRunner | None = None
     _in_rows: frozenset[str] = frozenset()
+    _active: tuple[str, ...] = ()
+    _trainable: frozenset[str] = frozenset()
+    _training_now: frozenset[str] = frozenset()  # those of them that act
+    _enabled = True
+    # What merging replaced: adapter names, and parameter name -> its value before.
+    _merged: tuple[str, ...] = ()
+    _originals: Mapping[str, Tensor] = MappingProxyType({})
+    # The module that merging replaced, where its weight cannot take an update. A tuple, as it is no part of the model.
+    _replaced: tuple[nn.Module, ...] = ()
+    _permanent: tuple[str, ...] = ()  # those of the merged adapters whose merge cannot be undone
+    # The adapters that act in forward, outermost last. A tuple, so that modules in it are not registered twice.
+    _stack: tuple[Adapter, ...] = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
-        self._active: tuple[str, ...] = ()
-        self._trainable: set[str] = set()
-        self._training_now: set[str] = set()  # those of them that act
-        self._enabled = True
-        # What merging replaced: adapter names, and parameter name -> its value before.
-        self._merged: tuple[str, ...] = ()
-        self._originals: dict[str, Tensor] = {}
-        # The module that merging replaced, where its weight cannot take an update. A tuple, as it is no part of the model.
-        self._replaced: tuple[nn.Module, ...] = ()
-        self._permanent: tuple[str, ...] = ()  # those of the merged adapters whose merge cannot be undone
-        # The adapters that act in forward, outermost last. A tuple, so that modules in it are not registered twice.
-        self._stack: tuple[Adapter, ...] = ()
+        self._modules.update(base_layer=base_layer, adapters=nn.ModuleDict())
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -86,10 +63,9 @@ class AdapterLayer(nn.Module):
         """Run the base with the active adapters around it; shapes are those of the base."""
         if self._rows is not None:
             return self._rows.run(self, args, kwargs)
-        stack = self._stack
+        stack, call = self._stack, cast("Callable[..., Any]", self._modules["base_layer"])
         if len(stack) == 1:
-            return stack[0](self.base_layer, *args, **kwargs)
-        call: Callable[..., Any] = self.base_layer
+            return stack[0](call, *args, **kwargs)
         for adapter in stack:
             call = functools.partial(adapter, call)
         return call(*args, **kwargs)
@@ -120,8 +96,9 @@ class AdapterLayer(nn.Module):
         """Add ``adapter`` under ``name``, inactive."""
         if name in self.adapters:
             raise InjectionError(f"this place already has an adapter {name!r}; choose another name or delete it first")
-        adapter.train(self.base_layer.training)
-        adapter.requires_grad_(False)
+        if adapter.training != self.base_layer.training:
+            adapter.train(self.base_layer.training)
+        _require(adapter, False)
         self.adapters[name] = adapter
         self.set_trainable(name, trainable)
 
@@ -131,8 +108,7 @@ class AdapterLayer(nn.Module):
             raise MergeError(f"adapter {name!r} is merged into the base; unmerge it before deleting it")
         del self.adapters[name]
         self._active = tuple(other for other in self._active if other != name)
-        self._trainable.discard(name)
-        self._training_now.discard(name)
+        self._trainable, self._training_now = self._trainable - {name}, self._training_now - {name}
         self._in_rows -= {name}
         self._refresh()
 
@@ -143,11 +119,8 @@ class AdapterLayer(nn.Module):
             self.adapters[new if key == old else key] = adapter
         self._active = tuple(new if name == old else name for name in self._active)
         self._merged = tuple(new if name == old else name for name in self._merged)
-        self._in_rows = frozenset(new if name == old else name for name in self._in_rows)
-        for names in (self._trainable, self._training_now):
-            if old in names:
-                names.remove(old)
-                names.add(new)
+        for names in ("_in_rows", "_trainable", "_training_now"):
+            setattr(self, names, frozenset(new if name == old else name for name in getattr(self, names)))
 
     def activate(self, names: Sequence[str]) -> None:
         """Make the adapters among ``names`` that live here the active ones, in that order."""
@@ -161,7 +134,7 @@ class AdapterLayer(nn.Module):
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Say whether the adapter ``name`` is trained while it is active."""
-        (self._trainable.add if trainable else self._trainable.discard)(name)
+        self._trainable = self._trainable | {name} if trainable else self._trainable - {name}
         self._refresh()
 
     def route(self, rows: RowRunner | None) -> None:
@@ -178,14 +151,15 @@ class AdapterLayer(nn.Module):
         return name in self._active or name in self._in_rows
 
     def _refresh(self) -> None:
-        acting = [name for name in self._active if name not in self._merged]
-        self._stack = tuple(self._adapter(name) for name in acting) if self._enabled else ()
+        adapters = cast("Mapping[str, Adapter]", self.adapters._modules)
+        acting = [adapters[name] for name in self._active if name not in self._merged]
+        self._stack = tuple(acting) if self._enabled else ()
         # Only adapters that act require gradients: DDP then never meets a trained parameter without one. The others are left
         # alone, so that the cost of a switch does not grow with the number of adapters.
-        acting_now = {*self._active, *self._in_rows}
+        acting_now = self._in_rows.union(self._active)
         trained = self._trainable & acting_now
         for name in self._training_now | acting_now:
-            self._adapter(name).requires_grad_(name in trained)
+            _require(adapters[name], name in trained)
         self._training_now = trained
 
     def _adapter(self, name: str) -> Adapter:
@@ -206,11 +180,7 @@ class AdapterLayer(nn.Module):
         Raises:
             MergeError: one is merged already, cannot be merged, or would give non-finite weights. Nothing is changed then.
         """
-        # Innermost first, as they act in forward.
-        order = {name: place for place, name in enumerate(self._active)}
-        names = sorted((name for name in names if name in self.adapters), key=lambda name: order.get(name, len(order)))
-        for name in names:
-            self._check_mergeable(name, names, order)
+        names = self.in_order(names)
         originals: dict[str, Tensor] = {}
         try:
             for name in names:
@@ -221,7 +191,7 @@ class AdapterLayer(nn.Module):
                             f"merging adapter {name!r} gives {key!r} the shape {tuple(value.shape)}, but the base holds {parameter.dtype} of "
                             f"shape {tuple(parameter.shape)}: packed weights of a quantised base cannot be merged into"
                         )
-                    if not torch.isfinite(value).all():
+                    if not all_finite(value):
                         raise MergeError(
                             f"merging adapter {name!r} makes {key!r} non-finite; the weights are unchanged"
                         )
@@ -230,7 +200,19 @@ class AdapterLayer(nn.Module):
         except BaseException:
             self._restore(originals)
             raise
-        self._originals = originals | self._originals
+        self.note_merged(names, originals, keep_originals=keep_originals)
+
+    def in_order(self, names: Sequence[str]) -> list[str]:
+        """Return those of ``names`` that live here, innermost first, as they act in forward; refuse what cannot be merged."""
+        order = {name: place for place, name in enumerate(self._active)}
+        names = sorted((name for name in names if name in self.adapters), key=lambda name: order.get(name, len(order)))
+        for name in names:
+            self._check_mergeable(name, names, order)
+        return names
+
+    def note_merged(self, names: Sequence[str], originals: Mapping[str, Tensor], *, keep_originals: bool) -> None:
+        """Know that the adapters ``names`` are in the weights now, which were ``originals`` before."""
+        self._originals = {**originals, **self._originals}
         self._merged += tuple(names)
         if names and not keep_originals:
             self._originals, self._replaced, self._permanent = {}, (), self._merged
@@ -246,10 +228,7 @@ class AdapterLayer(nn.Module):
         """
         self._replaced, self._originals = (self.original_base,), {}
         self.base_layer = module
-        self._merged += tuple(names)
-        if not keep_originals:
-            self._replaced, self._permanent = (), self._merged
-        self._refresh()
+        self.note_merged(names, {}, keep_originals=keep_originals)
 
     def merge_state(self) -> MergeState:
         """Return what is merged here, for :meth:`restore_merge`. Nothing is copied, but what was replaced since stays in memory."""
@@ -292,17 +271,21 @@ class AdapterLayer(nn.Module):
     # -- looking like the base -------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
+        modules = self.__dict__.get("_modules") or {}
+        if name in modules:
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = self.__dict__.get("_modules") or {}
             if "base_layer" not in modules:
                 raise
         return getattr(modules["base_layer"], name)
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter):  # such as lm_head.weight = embedding.weight, when weights are tied
+        if name[0] == "_" and not isinstance(value, (Tensor, nn.Module)):  # nothing that nn.Module would register
+            self.__dict__[name] = value
+        elif isinstance(value, nn.Parameter):  # such as lm_head.weight = embedding.weight, when weights are tied
             setattr(self.base_layer, name, value)
         else:
             super().__setattr__(name, value)
@@ -312,11 +295,22 @@ class AdapterLayer(nn.Module):
         return f"active={list(self._active)}" + (f", merged={list(self._merged)}" if self._merged else "")
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield ``(path, module)`` of every place of the base, each module once.
+def _require(adapter: nn.Module, trained: bool) -> None:
+    """Have the parameters of ``adapter`` require gradients, or not."""
+    for parameter in adapter.parameters() if adapter._modules else adapter._parameters.values():
+        if parameter is not None and parameter.requires_grad is not trained:
+            parameter.requires_grad_(trained)
 
-    The paths are those of the model without adapters. Where a place is adapted, its :class:`AdapterLayer` is yielded.
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Return an iterator over ``(path, module)`` of every place of the base, each module once.
+
+    The paths are those of the model without adapters. Where a place is adapted, the module is its :class:`AdapterLayer`.
     """
+    return walked(model, _walk)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     waiting = [(model, "")]
     while waiting:
@@ -346,15 +340,20 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def parents_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return, by the id of a module, every module that holds it and under which name."""
     parents: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
+    waiting = [model]
+    while waiting:
+        parent = waiting.pop()
         for child_name, child in parent._modules.items():
             if child is not None:
+                if id(child) not in parents:
+                    waiting.append(child)
                 parents.setdefault(id(child), []).append((parent, child_name))
     return parents
 
 
 def put_in_place(new: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
     """Put ``new`` where ``places``, from :func:`parents_of`, say."""
+    forget_walks()
     for parent, child_name in places:
         parent._modules[child_name] = new
 
@@ -394,7 +393,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield ``(name, parameter)`` of the base, names as in the model without adapters, shared parameters once."""
     seen: set[int] = set()
     for path, module in base_modules(model):
-        for name, parameter in unwrapped(module).named_parameters(recurse=False):
-            if id(parameter) not in seen:
+        for name, parameter in unwrapped(module)._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield (f"{path}.{name}" if path else name), parameter

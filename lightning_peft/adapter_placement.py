@@ -26,6 +26,7 @@ from lightning_peft.errors import (
     BaseMismatchError,
 )
 from lightning_peft.families import GENERIC
+from lightning_peft.finite import all_finite
 from lightning_peft.injection import Injection
 from lightning_peft.interfaces import Adapter, Slice, Target
 from lightning_peft.registry import get_registry
@@ -225,7 +226,7 @@ def check_tensors(
                 f"{where!r}: {key!r} has shape {tuple(found[key].shape)}, this model needs {tuple(tensor.shape)}: another base, or another rank"
             )
         # In the precision it is loaded in, where a value of a wider one may be too large.
-        if not found[key].is_floating_point() or not torch.isfinite(found[key].to(tensor.dtype)).all():
+        if not found[key].is_floating_point() or not all_finite(found[key].to(tensor.dtype)):
             raise AdapterMismatchError(
                 f"{where!r}: {key!r} ({found[key].dtype}) has values that are not finite floating-point numbers in {tensor.dtype}"
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapter_layer import adapter_layers
-from lightning_peft.injection import adapted_roots, records
+from lightning_peft.injection import KnownRoots, adapted_roots, records
 from lightning_peft.interfaces import Adapter, Method
 from lightning_peft.moe.balance import balanced_over, loss_scale
 from lightning_peft.rows import adapter_rows
@@ -27,10 +27,13 @@ else:
     _Host = object
 
 
-def auxiliary_loss(module: nn.Module) -> Tensor | None:
-    """Return the sum of what the adapters in ``module`` that are active, or trained on rows of a batch, add to the loss, a scalar; None if that is nothing."""
+def auxiliary_loss(module: nn.Module, roots: Sequence[nn.Module] | None = None) -> Tensor | None:
+    """Return the sum of what the adapters in ``module`` that are active, or trained on rows of a batch, add to the loss, a scalar; None if that is nothing.
+
+    ``roots`` are the adapted models in it, where the caller knows them.
+    """
     total: Tensor | None = None
-    for root in adapted_roots(module):
+    for root in adapted_roots(module) if roots is None else roots:
         names = [name for name, injection in records(root).items() if injection.method.auxiliary_losses]
         for layer in adapter_layers(root).values() if names else ():
             for name in filter(layer.trains, layer.adapters):
@@ -44,6 +47,13 @@ def auxiliary_loss(module: nn.Module) -> Tensor | None:
 
 class AdapterTraining(_Host):
     """The hooks of a LightningModule that let adapters take part in training, whatever ``training_step`` does."""
+
+    def _adapted_roots(self) -> list[nn.Module]:
+        known = self.__dict__.get("_known_roots")
+        if known is None:
+            known = self.__dict__["_known_roots"] = KnownRoots()
+        found: list[nn.Module] = known.of(self)
+        return found
 
     @contextlib.contextmanager
     def batch_rows(self, batch: Any) -> Iterator[Any]:
@@ -79,11 +89,12 @@ class AdapterTraining(_Host):
             loss, share = loss * weights[0], share * weights[1]
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = share if scaler is None else scaler.scale(torch.as_tensor(share, device=loss.device))
-        own = auxiliary_loss(self)
+        own = auxiliary_loss(self, self._adapted_roots())
         if own is not None and own.requires_grad:
             loss = loss + (own * scale).to(loss.device, loss.dtype)
         # What gradient checkpointing runs again needs the rows of the forward.
-        with loss_scale(scale), self._rows(self.__dict__.pop("_row_names", None)):
+        names = self.__dict__.pop("_row_names", None)
+        with loss_scale(scale), contextlib.nullcontext() if names is None else self._rows(names):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(
@@ -94,14 +105,14 @@ class AdapterTraining(_Host):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Step the optimizer, then let the methods of active adapters act."""
-        step = self.trainer.global_step
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         acting = [
             (root, name, injection.method)
-            for root in adapted_roots(self)
+            for root in self._adapted_roots()
             for name, injection in records(root).items()
             if type(injection.method).after_optimizer_step is not Method.after_optimizer_step
         ]
+        step = self.trainer.global_step if acting else 0
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if not acting:
             return
         steps = self.trainer.estimated_stepping_batches

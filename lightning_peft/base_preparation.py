@@ -22,6 +22,7 @@ from lightning_peft.families import ModelFamily
 from lightning_peft.injection import Injection, all_places, records
 from lightning_peft.interfaces import Method
 from lightning_peft.saved_modules import SavedParameters, inside
+from lightning_peft.walks import forget_walks
 
 
 def prepare_base(model: nn.Module, injections: Sequence[Injection], family: ModelFamily) -> None:
@@ -38,6 +39,7 @@ def prepare_base(model: nn.Module, injections: Sequence[Injection], family: Mode
     kept = {path: unwrapped(held) for path, held in base_modules(model) if path in reasons}
     for injection in injections:
         injection.method.prepare(model)
+    forget_walks()
     now = {path: unwrapped(held) for path, held in base_modules(model)}
     changed = {path for path, module in now.items() if path not in before or before[path]() is not module}
     put_back = [path for path in kept if path in changed]

@@ -22,6 +22,8 @@ from lightning_peft.random_state import random_state, set_random_state
 
 _SAMPLE = 64
 """Elements of a tensor that are kept to recognise a batch."""
+_LARGE = 2**22
+"""Bytes of a batch that is not kept in memory for its sample."""
 
 
 def place_of(trainer: Trainer | None) -> tuple[int, int, int]:
@@ -159,10 +161,56 @@ def skip_batches(trainer: Trainer, count: int) -> tuple[Any, bool]:
     return batch, before is not None and not _same_state(before, random_state())
 
 
+class Sample:
+    """The first elements of the tensors of a batch, by which it is recognised.
+
+    They are copied when they are asked for, as each step has a batch and few a checkpoint. Until then the batch stays in memory, so of a large
+    one they are copied at once.
+
+    Args:
+        batch: the batch.
+        at_once: whether to copy them now, because steps write into their batches.
+    """
+
+    def __init__(self, batch: Any, *, at_once: bool) -> None:
+        self._tensors = _leading(batch)
+        large = sum(tensor.nbytes for tensor in self._tensors) > _LARGE
+        self._copied = at_once or large or any(tensor.is_inference() for tensor in self._tensors)
+        if self._copied:
+            self._tensors = [_first(tensor) for tensor in self._tensors]
+        self._versions = [] if self._copied else [tensor._version for tensor in self._tensors]
+
+    def changed(self) -> bool:
+        """Tell whether somebody wrote into the batch, so that what it was is not known any more."""
+        return any(
+            tensor._version != version
+            for tensor, version in zip(self._tensors, self._versions, strict=not self._copied)
+        )
+
+    def taken(self) -> list[Tensor] | None:
+        """Return the elements; None where they are not known."""
+        if self._copied:
+            return self._tensors
+        return None if self.changed() else [_first(tensor) for tensor in self._tensors]
+
+
 def sample_of(batch: Any) -> list[Tensor]:
     """Return the first elements of the tensors of a batch, by which it is recognised."""
-    tensors = [leaf for leaf in tree_leaves(_plain_mapping(batch)) if isinstance(leaf, Tensor) and not leaf.is_sparse]
-    return [tensor.detach().reshape(-1)[:_SAMPLE].clone() for tensor in tensors[:8]]
+    return [_first(tensor) for tensor in _leading(batch)]
+
+
+def _leading(batch: Any) -> list[Tensor]:
+    leaves = list(batch.values()) if type(batch) is dict else batch if type(batch) in (list, tuple) else [batch]
+    if not all(type(leaf) is Tensor for leaf in leaves):
+        leaves = tree_leaves(_plain_mapping(batch))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_sparse]
+    return tensors[:8]
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """Return a copy of the first elements of ``tensor``."""
+    flat = tensor.detach().reshape(-1)
+    return flat.narrow(0, 0, min(_SAMPLE, flat.shape[0])).clone()
 
 
 def _plain_mapping(batch: Any) -> Any:

@@ -309,7 +309,8 @@ def _same(one: str | None, other: str | None) -> bool:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for path, module in base_modules(model):
-        base, originals = module, dict[str, Tensor]()
+        base: nn.Module = module
+        originals: Mapping[str, Tensor] = {}
         if isinstance(module, AdapterLayer):
             base, originals = module.original_base, module._originals
         for name, parameter in base.named_parameters(recurse=False):

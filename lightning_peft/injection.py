@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_peft.adapter_layer import AdapterLayer, adapters_named
 from lightning_peft.errors import AdapterNotFoundError
@@ -36,6 +38,75 @@ class Injection:
         return [target.path for target in self.targets]
 
 
+class _Records(dict[str, Injection]):
+    """What was injected into one model. All of them count together how often one of them changed."""
+
+    changes: ClassVar[int] = 0
+
+    @override
+    def __setitem__(self, name: str, injection: Injection) -> None:
+        _Records.changes += 1
+        super().__setitem__(name, injection)
+
+    @override
+    def __delitem__(self, name: str) -> None:
+        _Records.changes += 1
+        super().__delitem__(name)
+
+    @override
+    def pop(self, *args: Any) -> Any:
+        _Records.changes += 1
+        return super().pop(*args)
+
+    @override
+    def clear(self) -> None:
+        _Records.changes += 1
+        super().clear()
+
+    @override
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        _Records.changes += 1
+        super().update(*args, **kwargs)
+
+
+class KnownRoots:
+    """Finds what :func:`adapted_roots` does, and walks through the module again only where that may have changed: steps of training ask for it."""
+
+    def __init__(self) -> None:
+        self._changes = -1
+        self._roots: list[nn.Module] = []
+        self._ways: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+
+    def of(self, module: nn.Module) -> list[nn.Module]:
+        """Return the adapted models inside ``module``.
+
+        It is walked through again after an injection or deletion anywhere, and where another module stands in ``module`` itself or on the way to
+        one of those that were found.
+        """
+        same = self._changes == _Records.changes and len(self._ways) >= len(module._modules)
+        if not same or any(held.get(name) is not child for held, name, child in self._ways):
+            self._changes, self._roots = _Records.changes, adapted_roots(module)
+            self._ways = [
+                (module._modules, name, child) for name, child in module._modules.items() if child is not None
+            ]
+            chosen = {id(root) for root in self._roots}
+            for path, inner in module.named_modules():
+                if id(inner) in chosen:
+                    self._ways += _way(module, path)
+        return self._roots
+
+
+def _way(module: nn.Module, path: str) -> list[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """Return, for each step from ``module`` to ``path``, the modules there, the name of the next and the next."""
+    way = []
+    for name in path.split(".") if path else ():
+        child = module._modules[name]
+        assert child is not None
+        way.append((module._modules, name, child))
+        module = child
+    return way
+
+
 def all_places(model: nn.Module, injection: Injection, family: ModelFamily) -> list[Target]:
     """Return all places that the method of ``injection`` adapts: the targets and what the method adds to them."""
     roots = [root.path for root in injection.saved]
@@ -48,7 +119,7 @@ def records(model: nn.Module) -> dict[str, Injection]:
     while "_orig_mod" in model._modules:  # what torch.compile hides
         model = model._modules["_orig_mod"]  # type: ignore[assignment]
     if _RECORDS not in model.__dict__:
-        model.__dict__[_RECORDS] = {}
+        model.__dict__[_RECORDS] = _Records()
     found: dict[str, Injection] = model.__dict__[_RECORDS]
     return found
 

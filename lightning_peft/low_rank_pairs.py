@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_peft.adapter_layer import adapters_named
-from lightning_peft.arithmetic.low_rank import BiasAdapter, LowRankAdapter
+from lightning_peft.arithmetic.low_rank import LowRankAdapter
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts
+from lightning_peft.arithmetic.trained_bias import BiasAdapter
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection import record
 from lightning_peft.saved_modules import SavedParameters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.activation import active_adapters
 from lightning_peft.adapter_layer import AdapterLayer, adapter_layers, adapter_names, adapters_named
 from lightning_peft.injection import records
-from lightning_peft.merging import check_mergeable, chosen_names, merge_adapters, refuse_shards
+from lightning_peft.merging import check_mergeable, chosen_names, merge_weights, refuse_shards
 from lightning_peft.quantized_merging import Quantized, unpack_layers
 from lightning_peft.surgery import unload_adapters
 
@@ -63,7 +63,9 @@ def merged_copy(
     twin = copy.deepcopy(model, _aliases(model))
     _separate_records(model, twin)
     if wanted:
-        merge_adapters(twin, wanted, quantized=quantized, keep_originals=False)
+        merge_weights(
+            twin, wanted, quantized=quantized, keep_originals=False, in_place=False
+        )  # the memory is that of the model
     unload_adapters(twin)
     if quantized == "dequantize":
         unpack_layers(twin)

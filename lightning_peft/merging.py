@@ -18,7 +18,9 @@ from lightning_peft.adapter_layer import (
     base_modules,
     unwrapped,
 )
+from lightning_peft.arithmetic.row_blocks import Product
 from lightning_peft.errors import ConfigError, MergeError
+from lightning_peft.in_place_merging import merge_in_place, sums_in_place
 from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
@@ -43,7 +45,8 @@ def merge_adapters(
         quantized: what to do where the base is quantised: ``refuse``; ``dequantize`` puts a weight in the precision of the rest of the
             model there, which loses next to nothing and takes the memory; ``requantize`` quantises the merged weight again with the
             settings it was quantised with, which loses a part of the update.
-        keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone.
+        keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone:
+            where only products are added, as LoRA's, it happens in the memory of the weights, and whatever shares that memory changes too.
         probe: a batch, as the model takes it (keyword arguments in a mapping, or a tensor), to compare outputs before and after.
 
     Returns:
@@ -56,6 +59,19 @@ def merge_adapters(
             adapted (tied embeddings) or quantised, or a merged weight would be non-finite. The model is unchanged then.
         InjectionError: the model is in a block of :func:`~lightning_peft.rows.adapter_rows`, whose rows share the base.
     """
+    return merge_weights(model, names, quantized=quantized, keep_originals=keep_originals, probe=probe)
+
+
+def merge_weights(
+    model: nn.Module,
+    names: Sequence[str] | str | None = None,
+    *,
+    quantized: Quantized = "refuse",
+    keep_originals: bool = True,
+    probe: Any = None,
+    in_place: bool = True,
+) -> MergeReport:
+    """Do what :func:`merge_adapters` does; without ``in_place`` every merged weight is a new tensor, also where the originals are not kept."""
     if quantized not in get_args(Quantized):
         raise ConfigError(f"quantized must be one of {', '.join(get_args(Quantized))}, got {quantized!r}")
     names = chosen_names(model, names)
@@ -73,11 +89,12 @@ def merge_adapters(
     errors: dict[str, WeightError] = {}
     dtype = dense_dtype(model)
     before = {path: layer.merge_state() for path, layer in layers.items()} if keep_originals else {}
-    if not keep_originals:  # what is overwritten does not come back, so everything is tried first
-        for layer in layers.values():
-            _try(layer, names, quantized, dtype)
+    sums = {} if keep_originals else _known_to_go_well(layers, names, quantized, dtype, in_place=in_place)
     try:
         for path, layer in layers.items():
+            if path in sums:
+                merge_in_place(layer, names, sums[path])
+                continue
             error = _merge_layer(layer, names, quantized, dtype, keep_originals)
             if error is not None:
                 errors[path] = error
@@ -164,6 +181,26 @@ def _merge_layer(
         return merge_quantized(layer, names, quantized, dtype, keep_originals=keep_originals)
     layer.merge(names, keep_originals=keep_originals)
     return None
+
+
+def _known_to_go_well(
+    layers: Mapping[str, AdapterLayer],
+    names: Sequence[str],
+    quantized: Quantized,
+    dtype: torch.dtype,
+    *,
+    in_place: bool,
+) -> dict[str, list[Product]]:
+    """Return what is added to the weights that can be changed in place, by path, after trying out all other merges."""
+    sums = {}
+    for path, layer in layers.items():
+        here = any(name in layer.adapters for name in names) and not is_packed(layer.original_base)
+        found = sums_in_place(layer, names) if here and in_place else None
+        if found is None:
+            _try(layer, names, quantized, dtype)
+        else:
+            sums[path] = found
+    return sums
 
 
 def _try(layer: AdapterLayer, names: Sequence[str], quantized: Quantized, dtype: torch.dtype) -> None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_peft.adapter_layer import adapter_layers, base_modules, unwrapped
 from lightning_peft.adapter_training import AdapterTraining
+from lightning_peft.allocator_hint import allocator_hint
 from lightning_peft.checkpoint_manifest import MANIFEST, check_manifest, make_manifest, take_scales, take_schedule
 from lightning_peft.checkpoint_size import with_shared_names, with_shared_scalars
 from lightning_peft.errors import CheckpointMismatchError, ConfigError, LightningPEFTWarning, MergeError
@@ -128,6 +130,8 @@ class PEFTMixin(AdapterTraining, ExactResume, SameOptimizers, _Host):
         """Put frozen batch normalisation into eval mode, whoever put the model into train mode."""
         super().on_train_start()
         self._keep_statistics()
+        if hint := allocator_hint(self.device):
+            rank_zero_info(hint)
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, HalfPrecision) and not isinstance(plugin, FrozenHalfPrecision) and adapted_roots(self):
             warnings.warn(

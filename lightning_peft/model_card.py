@@ -39,7 +39,7 @@ class CardFacts:
 
 
 def write_card(folder: Path, injection: Injection, own: Mapping[str, Any], trained: int, facts: CardFacts) -> None:
-    """Write the page of an adapter into its folder, unless somebody else's stands there.
+    """Write the page of an adapter into its folder, unless somebody else's stands there. Another file of the folder is written after it.
 
     Args:
         folder: the adapter folder.
@@ -57,7 +57,7 @@ def write_card(folder: Path, injection: Injection, own: Mapping[str, Any], train
     text = card(injection, own, trained, facts)
     mark = hashlib.sha256(text.encode()).hexdigest()[:16]
     line = f"\n<!-- written by lightning_peft, {mark}: edit this page and it is not written again -->\n"
-    write_file(page, (text + line).encode())
+    write_file(page, (text + line).encode(), last=False)
 
 
 def card(injection: Injection, own: Mapping[str, Any], trained: int, facts: CardFacts) -> str:

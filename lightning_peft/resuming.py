@@ -53,7 +53,8 @@ class ExactResume(_Host):
     _before_validation: dict[str, Any] | None = None
     _epoch_start: dict[str, Any] | None = None
     _next_epoch: tuple[dict[str, Any], dict[str, Any], Any] | None = None
-    _sample: list[Any] | None = None
+    _sample: position.Sample | None = None
+    _writes_into_batches = False
     _quiet: warnings.catch_warnings[Any] | None = None
     _other_processes = False  # than those that saved the checkpoint
 
@@ -76,7 +77,7 @@ class ExactResume(_Host):
             return {
                 "start": self._epoch_start,
                 "generators": position.generator_states(self.trainer),
-                "sample": self._sample or [],
+                "sample": [] if self._sample is None else self._sample.taken(),
             }
         ahead = position.fetched_ahead(self.trainer)
         if ahead and not survives_saving(ahead):
@@ -190,7 +191,7 @@ class ExactResume(_Host):
         self._hush()
         batch, drew = position.skip_batches(self.trainer, position.batches_done(self.trainer))
         known, here = stored["sample"], [] if batch is None else position.sample_of(position.as_trained(self, batch))
-        if not drew and not self._other_processes and not position.same_samples(known, here):
+        if not drew and not self._other_processes and known is not None and not position.same_samples(known, here):
             cause = (
                 f"as the workers of {persistent} are persistent and went on with random numbers of the epochs before; this run does not resume "
                 "exactly. Set persistent_workers=False, or take a"
@@ -246,10 +247,11 @@ class ExactResume(_Host):
             self._resume_random_state()
         if self._resume_gradients is not None:
             restore_gradients(self, self._resume_gradients)
-        self._resume_from, self._resume_within_epoch = None, False
-        self._resume_position = self._resume_gradients = self._before_validation = None
+        held = self.__dict__  # past nn.Module, which takes a while to set a plain attribute
+        held.update(_resume_from=None, _resume_within_epoch=False, _resume_position=None)
+        held.update(_resume_gradients=None, _before_validation=None)
         if not all(map(position.keeps_its_position, position.training_loaders(self.trainer))):
-            self._sample = position.sample_of(batch)
+            held["_sample"] = position.Sample(batch, at_once=self._writes_into_batches)
         return super().on_train_batch_start(batch, batch_idx)
 
     # -- validation ------------------------------------------------------------------------------------------------
@@ -257,7 +259,9 @@ class ExactResume(_Host):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note the random state within a window, where Lightning validates without :meth:`on_validation_model_zero_grad`."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if batches_gathered(self.trainer):
+        if self._sample is not None and self._sample.changed():
+            self._writes_into_batches = True
+        if self.trainer.accumulate_grad_batches > 1 and batches_gathered(self.trainer):
             self._before_validation = random_state()
 
     def on_validation_model_zero_grad(self) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +22,7 @@ from lightning_peft.adapter_files import (
     OWN_CONFIG,
     WEIGHTS,
     AdapterFolder,
+    settle_folder,
     to_json_bytes,
     write_file,
 )
@@ -55,7 +54,9 @@ from lightning_peft.errors import (
     LightningPEFTError,
     LightningPEFTWarning,
 )
+from lightning_peft.finite import all_finite
 from lightning_peft.foreign_files import read_any
+from lightning_peft.initial_values import values_from_file
 from lightning_peft.injection import Injection, record
 from lightning_peft.interfaces import HF_PREFIX, Adapter
 from lightning_peft.model_card import CardFacts, write_card
@@ -68,6 +69,8 @@ from lightning_peft.saved_modules import (
 from lightning_peft.scaling import adapter_scale
 from lightning_peft.sharded_parameters import class_name, is_sharded
 from lightning_peft.surgery import inject_at
+from lightning_peft.walks import walked_once
+from lightning_peft.weight_files import safetensors_parts
 
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -142,6 +145,11 @@ def write_adapter(
 ) -> Path:
     """Write what :func:`save_adapter` does, without a word about the scale."""
     fp.check_kind(fingerprint)
+    with walked_once(model):
+        return _write(model, Path(path), name, facts or CardFacts(), fingerprint)
+
+
+def _write(model: nn.Module, folder: Path, name: str, facts: CardFacts, fingerprint: str) -> Path:
     injection = record(model, name)
     tensors = adapter_state_dict(model, name)
     trained = [key for key, parameter in base_parameters(model) if parameter.requires_grad]
@@ -149,37 +157,30 @@ def write_adapter(
         warnings.warn(
             f"{len(trained)} parameters of the base are trained, such as {trained[0]!r}; an adapter folder does not hold them, a .ckpt does",
             LightningPEFTWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     _refuse_no_values(tensors, name)
-    folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     own = _state_of(as_in_files(own_adapters(model, name)))
     saved = {key: tensor for key, tensor in tensors.items() if key not in own}
-    # Distinct contiguous copies: safetensors refuses tensors that share memory.
-    payload = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in (injection.method.file_tensors(own) | file_names(injection.method, saved)).items()
-    }
-    files = {WEIGHTS: safetensors.torch.save(payload, metadata={"format": "pt"})}
+    payload = injection.method.file_tensors(own) | file_names(injection.method, saved)
+    files: dict[str, bytes | Iterator[bytes | memoryview]] = {WEIGHTS: safetensors_parts(payload, {"format": "pt"})}
     if injection.method.peft_type:
         files[HF_CONFIG] = to_json_bytes(_hf_config(model, injection, name))
-    config = _own_config(
-        model, injection, fingerprint, {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    )
+    config = _own_config(model, injection, fingerprint)
     if HF_CONFIG not in files:  # that of an adapter of another method, which stood here
         (folder / HF_CONFIG).unlink(missing_ok=True)
-    for file, content in files.items():
-        write_file(folder / file, content)
+    config["files"] = {file: write_file(folder / file, content, last=False) for file, content in files.items()}
     pretrained = type(model).__module__.partition(".")[0] == "transformers"
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    write_card(folder, injection, config, numbers, replace(facts or CardFacts(), pretrained=pretrained))
+    write_card(folder, injection, config, numbers, replace(facts, pretrained=pretrained))
+    settle_folder(folder)  # before there is the file that vouches for the others
     write_file(folder / OWN_CONFIG, to_json_bytes(config))
     return folder
 
 
-def _own_config(model: nn.Module, injection: Injection, fingerprint: str, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the content of ``lightning_peft.json``; ``hashes`` are those of the other two files."""
+def _own_config(model: nn.Module, injection: Injection, fingerprint: str) -> dict[str, Any]:
+    """Return the content of ``lightning_peft.json``, but for the hashes of the other two files."""
     return {
         "format_version": FORMAT_VERSION,
         "method": {"name": injection.method.name, "fields": injection.method.to_config()},
@@ -190,7 +191,6 @@ def _own_config(model: nn.Module, injection: Injection, fingerprint: str, hashes
         },
         **({"modules_to_save": {target.path: target.rule for target in injection.saved}} if injection.saved else {}),
         "base": _base(model, injection, full=fingerprint == "complete"),
-        "files": dict(hashes),
         "versions": {
             "python": platform.python_version(),
             **{lib: _version(lib) for lib in ("lightning-peft", "lightning", "torch", "transformers")},
@@ -209,7 +209,7 @@ def _refuse_no_values(tensors: Mapping[str, Tensor], name: str) -> None:
             raise AdapterFileError(
                 f"{key!r} of adapter {name!r} is on the meta device and has no values to save; materialise it first"
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise AdapterFileError(
                 f"{key!r} of adapter {name!r} has non-finite values; it is not saved, so that a good file is not replaced"
             )
@@ -290,19 +290,23 @@ def load_adapter(
         BaseMismatchError: it was trained on another base.
         InjectionError: the model has an adapter of that name.
     """
-    if has_adapter(model, name):
-        raise InjectionError(
-            f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
-        )
-    folder = read_any(path, model, format)
-    injection, tensors = asked_for(model, folder, check_base=check_base)
-    with unchanged_on_error(model), torch.random.fork_rng():
-        try:
-            inject_at(model, injection, name=name, trainable=trainable)
-        except LightningPEFTError as error:
-            raise AdapterMismatchError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}") from error
-        fill(model, folder, adapters_named(model, name), tensors, check_base=check_base)
-    return injection
+    with walked_once(model):
+        if has_adapter(model, name):
+            raise InjectionError(
+                f"{type(model).__name__} already has an adapter {name!r}; load {str(path)!r} under another name="
+            )
+        folder = read_any(path, model, format)
+        injection, tensors = asked_for(model, folder, check_base=check_base)
+        with unchanged_on_error(model), torch.random.fork_rng():
+            try:
+                with values_from_file():
+                    inject_at(model, injection, name=name, trainable=trainable)
+            except LightningPEFTError as error:
+                raise AdapterMismatchError(
+                    f"{str(folder.path)!r} does not fit {type(model).__name__}: {error}"
+                ) from error
+            fill(model, folder, adapters_named(model, name), tensors, check_base=check_base)
+        return injection
 
 
 def fill(
@@ -322,7 +326,8 @@ def fill(
         check_packed(model, folder)
     tensors = without_base_copies(model, folder, tensors)
     for place, adapter in adapters.items():
-        adapter.fit_to(shapes_at(place, tensors))
+        if type(adapter).fit_to is not Adapter.fit_to:
+            adapter.fit_to(shapes_at(place, tensors))
     base_names = (key for path, _ in base_parameters(model) for key in (path, name_in_layer(path)))
     check_tensors(folder, _state_of(adapters), tensors, base_names)
     for place, adapter in adapters.items():

@@ -46,10 +46,9 @@ from lightning_peft.registry import get_registry
 from lightning_peft.rows import refuse_in_rows
 from lightning_peft.saved_modules import SavedParameters, inside, resolve_saved, saved_places
 from lightning_peft.targets import Targets, fused_parameters, is_fused_experts, matches, resolve_targets
+from lightning_peft.torch_encoders import keep_torch_encoders_calling
 from lightning_peft.unread_weights import weights_at_hand
-
-_NESTED = "_lightning_peft_use_nested_tensor"
-"""Attribute of an adapted ``nn.TransformerEncoder``: its own ``use_nested_tensor``."""
+from lightning_peft.walks import walked_once
 
 
 def inject(
@@ -88,14 +87,15 @@ def inject(
         >>> inject(model, LoRA(rank=1), ["0", "1"]).paths
         ['0', '1']
     """
-    check_name(model, name)
-    if not isinstance(method, Method):
-        raise ConfigError(f"inject needs an instance of a Method such as LoRA(rank=8), got {method!r}")
-    known = resolve_family(model, family)
-    injection = plan(model, method, targets, modules_to_save, known)
-    if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
-        _warn_of_fused_experts(model, method)
-    return _put(model, injection, known, name, trainable)
+    with walked_once(model):
+        check_name(model, name)
+        if not isinstance(method, Method):
+            raise ConfigError(f"inject needs an instance of a Method such as LoRA(rank=8), got {method!r}")
+        known = resolve_family(model, family)
+        injection = plan(model, method, targets, modules_to_save, known)
+        if "all_linear" in Targets.of(method.default_targets if targets is None else targets).include:
+            _warn_of_fused_experts(model, method)
+        return _put(model, injection, known, name, trainable)
 
 
 def plan(
@@ -128,7 +128,14 @@ def plan(
 
 def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: bool = True) -> Injection:
     """Put the adapters of an :class:`Injection` into ``model`` at exactly its places, as :func:`inject` would."""
-    check_name(model, name)
+    with walked_once(model):
+        check_name(model, name)
+        family = _family_that_fits(model, injection)
+        return _put(model, injection, family, name, trainable)
+
+
+def _family_that_fits(model: nn.Module, injection: Injection) -> ModelFamily:
+    """Return the family of ``injection``, all of whose places must be in ``model``."""
     known = {path: unwrapped(module) for path, module in base_modules(model)}
     for target in (*injection.targets, *injection.saved):
         if target.path not in known:
@@ -141,8 +148,8 @@ def inject_at(model: nn.Module, injection: Injection, *, name: str, trainable: b
             raise TargetError(
                 f"the adapter has a place {target.path!r}, a {kind} in this model, which {injection.method.name!r} cannot adapt"
             )
-    family = get_registry().model_families.get(injection.family) or get_registry().resolve_family(model)
-    return _put(model, injection, family, name, trainable)
+    held: ModelFamily | None = get_registry().model_families.get(injection.family)
+    return held or get_registry().resolve_family(model)
 
 
 def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str, trainable: bool) -> Injection:
@@ -170,7 +177,7 @@ def _put(model: nn.Module, injection: Injection, family: ModelFamily, name: str,
         if before and not any(other._enabled for other in before):  # in a block of adapters_disabled
             layer.enable(False)
         layer.add(name, adapter, trainable=trainable)
-    _keep_torch_encoders_calling(model)
+    keep_torch_encoders_calling(model)
     records(model)[name] = injection
     set_active_adapters(model, [name])
     return injection
@@ -200,7 +207,8 @@ def new_adapters(model: nn.Module, injection: Injection, family: ModelFamily) ->
 def freeze(model: nn.Module) -> None:
     """Freeze every parameter of the base; those of adapters keep their state."""
     for _, parameter in base_parameters(model):
-        parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -221,7 +229,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         layer.delete(name)
         if not layer.adapters:
             _take_out(layer, parents)
-    _keep_torch_encoders_calling(model)
+    keep_torch_encoders_calling(model)
     records(model).pop(name, None)
     forget_offloaded(model, name)
 
@@ -263,7 +271,7 @@ def unload_adapters(model: nn.Module) -> nn.Module:
     parents = parents_of(model)
     for layer in layers.values():
         _take_out(layer, parents)
-    _keep_torch_encoders_calling(model)
+    keep_torch_encoders_calling(model)
     records(model).clear()
     forget_offloaded(model)
     return model
@@ -355,32 +363,6 @@ def _wrap(module: nn.Module, places: list[tuple[nn.Module, str]]) -> AdapterLaye
     layer.training = module.training
     put_in_place(layer, places)
     return layer
-
-
-def _keep_torch_encoders_calling(model: nn.Module) -> None:
-    """Keep torch's own encoders from reading the weights of adapted layers instead of calling them.
-
-    In eval mode ``nn.TransformerEncoderLayer`` has a fused path that bypasses its modules, but not while anybody listens to
-    one of them; ``nn.TransformerEncoder`` then must not hand it nested tensors, which only that path understands.
-    """
-    for _, encoder in base_modules(model):  # the modules of adapters may be many
-        encoder = unwrapped(encoder)
-        if not isinstance(encoder, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            continue
-        layers = [layer for layer in encoder.modules() if isinstance(layer, AdapterLayer)]
-        if isinstance(encoder, nn.TransformerEncoderLayer):
-            for layer in layers:
-                if not layer._forward_pre_hooks:
-                    layer.register_forward_pre_hook(_listen)
-        elif layers:
-            encoder.__dict__.setdefault(_NESTED, encoder.use_nested_tensor)
-            encoder.use_nested_tensor = False
-        elif _NESTED in encoder.__dict__:
-            encoder.use_nested_tensor = encoder.__dict__.pop(_NESTED)
-
-
-def _listen(module: nn.Module, args: Any) -> None:
-    """Do nothing: being registered is the effect."""
 
 
 def _warn_of_fused_experts(model: nn.Module, method: Method) -> None:

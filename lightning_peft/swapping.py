@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_peft.adapter_files import read_adapter
 from lightning_peft.adapter_layer import adapter_layers, adapters_named
-from lightning_peft.arithmetic.low_rank import BiasAdapter, LowRankAdapter
+from lightning_peft.arithmetic.low_rank import LowRankAdapter
 from lightning_peft.arithmetic.padded_ranks import fitted, pad, paddable
+from lightning_peft.arithmetic.trained_bias import BiasAdapter
 from lightning_peft.errors import AdapterMismatchError, ConfigError, InjectionError, LightningPEFTError, MergeError
 from lightning_peft.injection import Injection, record, records
 from lightning_peft.interfaces import Adapter

@@ -15,9 +15,11 @@ role of a part (``query``) gives that module together with the slice of its outp
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -210,6 +212,8 @@ class _Search:
         if word.startswith("re:"):
             pattern = re.compile(word[3:])
             return [path for path in self.modules if pattern.fullmatch(path)]
+        if not any(sign in word for sign in "*?["):
+            return [path for path in self.modules if path.endswith(f".{word}") or path == word]
         return [path for path in self.modules if fnmatch.fnmatchcase(f".{path}", f"*.{word}") or path == word]
 
     def _by_role(self, role: str) -> list[str]:
@@ -270,7 +274,13 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d_linear(module: nn.Module) -> bool:
     """Tell whether ``module`` is transformers' ``Conv1D``: a linear layer with weight (in_features, out_features)."""
-    kind = type(module)  # recognised by name, so that this does not import transformers
+    kind: Any = type(module)
+    return bool(_is_conv1d(kind))
+
+
+@functools.cache
+def _is_conv1d(kind: Any) -> bool:
+    # By name, so that this does not import transformers.
     return any(base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils" for base in kind.__mro__)
 
 

@@ -7,7 +7,9 @@ and refuses everything else.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,47 @@ def parse_safetensors(content: bytes, path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise AdapterFileError(f"{str(path)!r} is not a readable safetensors file: {error}") from error
+
+
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+"""What a safetensors file calls a dtype, in the order in which it holds them, the last first."""
+
+
+def safetensors_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield what ``safetensors.torch.save`` returns, bit for bit, part by part: of the values no more than one tensor is copied at a time.
+
+    Tensors may share memory, and be of any layout.
+    """
+    if sys.byteorder != "little" or not all(tensor.dtype in _DTYPES for tensor in tensors.values()):
+        whole = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        yield safetensors.torch.save(whole, metadata=dict(metadata))
+        return
+    places = {dtype: place for place, dtype in enumerate(_DTYPES)}
+    order = sorted(tensors, key=lambda name: (-places[tensors[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        shape, dtype = list(tensors[name].shape), _DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        if tensors[name].numel():
+            yield tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_names(path: Path, *, inside: Sequence[str] = ()) -> list[str]:

@@ -1,6 +1,8 @@
 """Fixtures for all tests: a tiny language model in a folder, a quiet Trainer, and real data where there is some."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -91,3 +93,13 @@ def data_dir():
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real data: set LIGHTNING_PEFT_DATA to its folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def paired():
+    """Return ``benchmarks/paired.py``, which counts bytes."""
+    spec = importlib.util.spec_from_file_location("paired", Path(__file__).parents[1] / "benchmarks" / "paired.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["paired"] = module  # dataclasses look a class up by its module
+    spec.loader.exec_module(module)
+    return module

@@ -4,6 +4,7 @@ The last two are what the tools for finished adapters reckon with.
 
 =========================  ===================================================================
 ``low_rank``               LoRA on every kind of layer
+``trained_bias``           a bias alone
 ``low_rank_experts``       on fused experts of three dimensions
 ``gpu_low_rank``           by Triton kernels, which ``triton_low_rank`` holds
 ``tied_low_rank``          on one weight that several modules use

@@ -19,10 +19,12 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic import gpu_low_rank
 from lightning_peft.arithmetic.dropped_parts import dropped_part
+from lightning_peft.arithmetic.forward_only import forward_only
 from lightning_peft.arithmetic.lean_linear import add_product, hooked, lean_forward, product_dtype
 from lightning_peft.arithmetic.low_rank_rows import low_rank_rows
 from lightning_peft.arithmetic.row_blocks import Product, plus
-from lightning_peft.errors import AdapterConfigError, MergeError, TargetError
+from lightning_peft.errors import AdapterConfigError, MergeError
+from lightning_peft.initial_values import comes_from_file
 from lightning_peft.interfaces import Adapter, Slice
 from lightning_peft.quantized_layers import unpacking_product
 from lightning_peft.targets import is_conv1d_linear
@@ -69,6 +71,13 @@ class LowRankAdapter(Adapter):
     """What the low-rank adapters share: rank, scaling, dropout, and a bias that is trained beside them if asked for."""
 
     bias: nn.Parameter | None
+    rank: int
+    method_scaling: float
+    init: str
+    dropout: float
+    file_rank: int
+    _device: torch.device
+    _dtype: torch.dtype
     paddable: ClassVar[bool] = False
     """Whether rows of zeros may be added to the pairs; not inherited, since a descendant may hold more than pairs."""
     input_part: tuple[int, int] | None = None
@@ -78,17 +87,25 @@ class LowRankAdapter(Adapter):
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, weight: str = "weight") -> None:
         super().__init__()
-        self.rank, self.method_scaling, self.init = settings.rank, settings.scaling, settings.init
-        self.dropout = float(settings.dropout)
-        self.file_rank = settings.rank
-        like = module.get_parameter("in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight)
-        self._device, self._dtype = like.device, _adapter_dtype(like.dtype, settings.dtype)
-        base_bias = getattr(module, "bias", None)
-        if settings.bias and isinstance(base_bias, Tensor):
+        weight = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else weight
+        like = module._parameters.get(weight)
+        like = module.get_parameter(weight) if like is None else like
+        # Past nn.Module, which looks at each for what it might have to register: a model has hundreds of adapters.
+        self.__dict__.update(
+            rank=settings.rank,
+            method_scaling=settings.scaling,
+            init=settings.init,
+            dropout=float(settings.dropout),
+            file_rank=settings.rank,
+            _device=like.device,
+            _dtype=_adapter_dtype(like.dtype, settings.dtype),
+        )
+        base_bias = getattr(module, "bias", None) if settings.bias else None
+        if isinstance(base_bias, Tensor):
             self.bias = self.new(*base_bias.shape)
             self.register_buffer("base_bias", torch.empty_like(self.bias), persistent=False)
         else:
-            self.bias = None
+            self.__dict__["bias"] = None
 
     @property
     def scaling(self) -> float:
@@ -108,8 +125,8 @@ class LowRankAdapter(Adapter):
         return nn.Parameter(torch.empty(shape, device=self._device, dtype=self._dtype))
 
     def reset_down(self, *matrices: Tensor) -> None:
-        """Start the matrices A (rank, in, ...)."""
-        for A in matrices:
+        """Start the matrices A (rank, in, ...), which every file holds."""
+        for A in () if comes_from_file() else matrices:
             if self.init == "gaussian":
                 nn.init.normal_(A, std=1.0 / self.rank)
             else:
@@ -172,20 +189,38 @@ class LowRankLinear(LowRankAdapter):
 
     scalable: ClassVar[bool] = True
     paddable: ClassVar[bool] = True
+    transposed: bool
+    out_features: int
+    slices: tuple[Slice, ...]
+    lora_A: nn.Parameter  # noqa: N815 - as in the formula and in files
+    lora_B: nn.Parameter  # noqa: N815
+    _plain: type | None
+    _unpacking: Callable[[nn.Module, Tensor], Tensor | None] | None
+    own_update: bool
+    direct: type | None
+    """The type of layer that :func:`~lightning_peft.arithmetic.forward_only.forward_only` computes with this adapter."""
 
     def __init__(self, settings: LowRankSettings, module: nn.Module, slices: tuple[Slice, ...] = ()) -> None:
         super().__init__(settings, module)
-        self.transposed = is_conv1d_linear(module)
-        width = module.weight.shape if self.transposed else (module.in_features, module.out_features)
-        in_features, self.out_features = (int(number) for number in width)  # type: ignore[union-attr, arg-type]
-        self.slices = slices
-        self.file_rank = self.rank * max(1, len(slices))
-        self.lora_A = self.new(self.file_rank, in_features)
-        self.lora_B = self.new(self.rank, sum(part.features for part in slices) or self.out_features)
-        exact = type(module) is nn.Linear or (self.transposed and type(module).__name__ == "Conv1D")
-        self._plain: type | None = type(module) if exact else None
-        self._unpacking = unpacking_product(module)
-        self.own_update = type(self)._update is LowRankLinear._update
+        transposed = is_conv1d_linear(module)
+        width = module.weight.shape if transposed else (module.in_features, module.out_features)
+        in_features, out_features = (int(number) for number in width)  # type: ignore[union-attr, arg-type]
+        file_rank = self.rank * max(1, len(slices))
+        exact = type(module) is nn.Linear or (transposed and type(module).__name__ == "Conv1D")
+        kind, own = type(self), LowRankLinear
+        simple = kind._update is own._update and kind.factors is own.factors and kind.computed is own.computed
+        self.__dict__.update(
+            transposed=transposed,
+            out_features=out_features,
+            slices=slices,
+            file_rank=file_rank,
+            own_update=kind._update is own._update,
+            _plain=type(module) if exact else None,
+            _unpacking=unpacking_product(module),
+            direct=type(module) if exact and simple and not slices and self.bias is None else None,
+        )
+        self.register_parameter("lora_A", self.new(file_rank, in_features))
+        self.register_parameter("lora_B", self.new(self.rank, sum(part.features for part in slices) or out_features))
 
     @override
     def rank_axes(self) -> Mapping[str, RankAxis]:
@@ -202,13 +237,19 @@ class LowRankLinear(LowRankAdapter):
 
     @override
     def reset_parameters(self, base_layer: nn.Module) -> None:
-        self.reset_down(*torch.split(self.lora_A, self.rank))
+        if self.lora_A.is_meta:
+            return  # where nothing has a value
+        self.reset_down(*(torch.split(self.lora_A, self.rank) if self.slices else (self.lora_A,)))
         nn.init.zeros_(self.lora_B)
         self.reset_bias(base_layer)
 
     @override
     def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
         """X (..., in) -> y (..., out)."""
+        if type(base) is self.direct and not torch.is_grad_enabled() and not gpu_low_rank.asked:
+            y = forward_only(self, base, x)
+            if y is not None:
+                return y
         y = gpu_low_rank.layer_and_update(self, base, x)
         if y is not None or (y := lean_forward(self, base, x)) is not None:
             return self.add_bias(y)
@@ -316,79 +357,17 @@ class LowRankLinear(LowRankAdapter):
 
     @override
     def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        return self.merged_with(base_layer, weight=self._product())
+
+    def added_product(self, base_layer: nn.Module) -> Product | None:
+        """Return what merging adds to the weight of ``base_layer``; None where that is not all that it changes."""
+        simple = type(self).merged_parameters is LowRankLinear.merged_parameters and not self.tied_parameters
+        return self._product() if simple and self.bias is None else None
+
+    def _product(self) -> Product:
         A, B = (factor.detach() for factor in self.factors())
         delta = Product(self._dense(B), A, self.scaling)  # (out, in)
-        return self.merged_with(base_layer, weight=delta.t() if self.transposed else delta)
-
-
-class LowRankEmbedding(LowRankAdapter):
-    """LoRA on ``nn.Embedding``: A (rank, vocabulary) starts at zero, B (dim, rank) at random, both held transposed."""
-
-    scalable: ClassVar[bool] = True
-    paddable: ClassVar[bool] = True
-
-    def __init__(self, settings: LowRankSettings, module: nn.Embedding) -> None:
-        super().__init__(settings, module)
-        if module.max_norm is not None:
-            raise TargetError("LoRA cannot adapt an embedding with max_norm, which rewrites its own weights in forward")
-        self.padding_idx = module.padding_idx
-        # Some models (Gemma 3) scale what the embedding returns; the update is part of the weight, so it is scaled too.
-        self.embed_scale = float(getattr(module, "scalar_embed_scale", 1.0))
-        self.lora_embedding_A = self.new(module.num_embeddings, self.rank)
-        self.lora_embedding_B = self.new(self.rank, module.embedding_dim)
-
-    @override
-    def rank_axes(self) -> Mapping[str, RankAxis]:
-        return {"lora_embedding_A": RankAxis(1), "lora_embedding_B": RankAxis(0, up=True)}
-
-    @override
-    def reset_parameters(self, base_layer: nn.Module) -> None:
-        nn.init.zeros_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
-
-    @override
-    def forward(self, base: Callable[..., Any], ids: Tensor) -> Tensor:
-        """Ids (...) -> y (..., dim)."""
-        y: Tensor = base(ids)
-        h = F.embedding(ids, self.lora_embedding_A.to(y.dtype), self.padding_idx)  # (..., rank)
-        return y + (h @ self.lora_embedding_B.to(y.dtype)) * (self.scaling * self.embed_scale)
-
-    @override
-    def disk_tensors(self) -> dict[str, Tensor]:
-        return {"lora_embedding_A": self.lora_embedding_A.t(), "lora_embedding_B": self.lora_embedding_B.t()}
-
-    @override
-    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        delta = Product(self.lora_embedding_A.detach(), self.lora_embedding_B.detach(), self.scaling)
-        return self.merged_with(base_layer, weight=delta)
-
-
-class BiasAdapter(LowRankAdapter):
-    """The trained bias of a layer that has no low-rank update, for ``bias='all'``."""
-
-    scalable: ClassVar[bool] = True
-
-    def __init__(self, settings: LowRankSettings, module: nn.Module) -> None:
-        super().__init__(settings, module)
-        self.channels_last = not isinstance(module, (*CONVOLUTIONS, nn.GroupNorm))
-
-    @override
-    def reset_parameters(self, base_layer: nn.Module) -> None:
-        self.reset_bias(base_layer)
-
-    @override
-    def forward(self, base: Callable[..., Any], x: Tensor) -> Tensor:
-        """X -> y, shapes as in the base."""
-        y: Tensor = base(x)
-        return self.add_bias(y, channel_dim=-1 if self.channels_last else 1 - y.dim())
-
-    @override
-    def disk_tensors(self) -> dict[str, Tensor]:
-        return {"bias": self.bias} if self.bias is not None else {}
-
-    @override
-    def merged_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
-        return self.merged_with(base_layer)
+        return delta.t() if self.transposed else delta
 
 
 def _adapter_dtype(base: torch.dtype, wanted: str) -> torch.dtype:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.adapter_layer import base_modules, unwrapped
-from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankEmbedding, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank import LowRankAdapter, LowRankLinear, LowRankSettings
+from lightning_peft.arithmetic.low_rank_embedding import LowRankEmbedding
 from lightning_peft.errors import LightningPEFTWarning, TargetError
 from lightning_peft.interfaces import Adapter, Target
 from lightning_peft.targets import is_conv1d_linear

@@ -23,11 +23,11 @@ from typing_extensions import override
 
 from lightning_peft.arithmetic.low_rank import (
     LowRankAdapter,
-    LowRankEmbedding,
     LowRankLinear,
     LowRankSettings,
 )
 from lightning_peft.arithmetic.low_rank_conv import LowRankConv
+from lightning_peft.arithmetic.low_rank_embedding import LowRankEmbedding
 from lightning_peft.errors import MergeError
 
 

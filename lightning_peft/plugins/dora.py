@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import Self, override
 
-from lightning_peft.arithmetic.low_rank import CONVOLUTIONS, BiasAdapter
+from lightning_peft.arithmetic.low_rank import CONVOLUTIONS
+from lightning_peft.arithmetic.trained_bias import BiasAdapter
 from lightning_peft.arithmetic.weight_decomposed import (
     WeightDecomposedConv,
     WeightDecomposedEmbedding,

@@ -26,14 +26,13 @@ from typing_extensions import Self, override
 from lightning_peft.adapter_layer import base_modules, unwrapped
 from lightning_peft.arithmetic.low_rank import (
     CONVOLUTIONS,
-    BiasAdapter,
     LowRankAdapter,
-    LowRankEmbedding,
     LowRankLinear,
     LowRankSettings,
 )
 from lightning_peft.arithmetic.low_rank_attention import LowRankMultiheadAttention
 from lightning_peft.arithmetic.low_rank_conv import LowRankConv
+from lightning_peft.arithmetic.low_rank_embedding import LowRankEmbedding
 from lightning_peft.arithmetic.low_rank_experts import LowRankExperts, without_parameters
 from lightning_peft.arithmetic.tied_low_rank import (
     TIED_RULE,
@@ -43,6 +42,7 @@ from lightning_peft.arithmetic.tied_low_rank import (
     tie,
     with_tied,
 )
+from lightning_peft.arithmetic.trained_bias import BiasAdapter
 from lightning_peft.errors import AdapterConfigError, AdapterMismatchError, ConfigError, TargetError
 from lightning_peft.families import ModelFamily
 from lightning_peft.field_checks import check_switches
@@ -168,6 +168,8 @@ class LoRA(Method):
 
     @override
     def adapter(self, module: nn.Module, target: Target) -> Adapter:
+        if type(module) is nn.Linear and target.rule not in (_BIAS_RULE, TIED_RULE):  # as nearly always
+            return self.linear_adapter(module, target)
         settings = self.settings
         if target.rule == _BIAS_RULE:
             return BiasAdapter(settings, module)

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import nn
 from typing_extensions import override
 
-from lightning_peft.arithmetic.low_rank import LowRankEmbedding
+from lightning_peft.arithmetic.low_rank_embedding import LowRankEmbedding
 from lightning_peft.errors import ConfigError, TargetError
 from lightning_peft.hookspecs import hookimpl
 from lightning_peft.interfaces import Adapter, Method, Target
