@@ -178,7 +178,7 @@ def _tiles(tokens: int, rows: int, width_in: int, width_out: int, rank: int, pro
 
     Example:
         >>> _tiles(2048, 1, 4096, 4096, 16, 132)
-        _Tiles(tokens=32, ins=128, outs=128, rank=16, parts=4, part=1024)
+        _Tiles(tokens=32, ins=128, outs=128, rank=16, parts=5, part=896)
     """
     lines, few = _power(rank), _power(tokens)
     size = 64 if tokens * rows >= 128 * processors and few >= 64 else min(few, 32)
