@@ -224,6 +224,9 @@ def _mlp(module: nn.Module) -> tuple[FusedForward | None, str]:
     activation = getattr(module, parts.activation)
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         return None, "its activation has weights"
+    lost = [name for name, child in module._modules.items() if isinstance(child, nn.Dropout) and name != "dropout"]
+    if lost:
+        return None, f"it has a dropout {lost[0]!r}, and only one called 'dropout' has a known place"
     return FusedMLP(module, parts), ""
 
 

@@ -37,12 +37,25 @@ def sums_in_place(layer: AdapterLayer, names: Sequence[str]) -> list[Product] | 
     return products if largest < room and all_finite(weight) else None
 
 
+def in_shared_memory(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters and buffers of ``model`` whose memory another of them uses too."""
+    held = [one for one in (*model.parameters(), *model.buffers()) if type(one) in (nn.Parameter, Tensor)]
+    spans = [(one.data_ptr(), one.nbytes, id(one)) for one in held if not one.is_meta and one.numel()]
+    shared, last, end = set[int](), 0, 0
+    for start, size, key in sorted(spans):
+        if start < end:
+            shared |= {last, key}
+        if start + size > end:
+            last, end = key, start + size
+    return shared
+
+
 @torch.no_grad()
 def merge_in_place(layer: AdapterLayer, names: Sequence[str], products: Sequence[Product]) -> None:
     """Add ``products``, from :func:`sums_in_place`, to the weight of ``layer``, for good."""
     weight = layer.base_layer.get_parameter("weight")
     for product in products:
-        add_(weight.data, product)
+        add_(weight.detach(), product)  # which counts as a change: a graph from before it refuses to go backward
     layer.note_merged(layer.in_order(names), {}, keep_originals=False)
 
 

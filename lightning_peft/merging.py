@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, get_args
 
 import torch
@@ -20,7 +20,7 @@ from lightning_peft.adapter_layer import (
 )
 from lightning_peft.arithmetic.row_blocks import Product
 from lightning_peft.errors import ConfigError, MergeError
-from lightning_peft.in_place_merging import merge_in_place, sums_in_place
+from lightning_peft.in_place_merging import in_shared_memory, merge_in_place, sums_in_place
 from lightning_peft.injection import records
 from lightning_peft.offloading import fetch_offloaded
 from lightning_peft.quantized_layers import is_packed
@@ -46,7 +46,7 @@ def merge_adapters(
             model there, which loses next to nothing and takes the memory; ``requantize`` quantises the merged weight again with the
             settings it was quantised with, which loses a part of the update.
         keep_originals: keep the weights that are replaced. Without them the merge takes no memory beyond one layer's, and cannot be undone:
-            where only products are added, as LoRA's, it happens in the memory of the weights, and whatever shares that memory changes too.
+            where only products are added, as LoRA's, it happens in the memory of the weights, and what shares that memory outside of ``model`` changes too.
         probe: a batch, as the model takes it (keyword arguments in a mapping, or a tensor), to compare outputs before and after.
 
     Returns:
@@ -89,7 +89,8 @@ def merge_weights(
     errors: dict[str, WeightError] = {}
     dtype = dense_dtype(model)
     before = {path: layer.merge_state() for path, layer in layers.items()} if keep_originals else {}
-    sums = {} if keep_originals else _known_to_go_well(layers, names, quantized, dtype, in_place=in_place)
+    shared = in_shared_memory(model) if in_place and not keep_originals else set()
+    sums = {} if keep_originals else _known_to_go_well(layers, names, quantized, dtype, shared, in_place=in_place)
     try:
         for path, layer in layers.items():
             if path in sums:
@@ -188,6 +189,7 @@ def _known_to_go_well(
     names: Sequence[str],
     quantized: Quantized,
     dtype: torch.dtype,
+    shared: Set[int],
     *,
     in_place: bool,
 ) -> dict[str, list[Product]]:
@@ -195,7 +197,8 @@ def _known_to_go_well(
     sums = {}
     for path, layer in layers.items():
         here = any(name in layer.adapters for name in names) and not is_packed(layer.original_base)
-        found = sums_in_place(layer, names) if here and in_place else None
+        alone_there = here and id(layer.base_layer._parameters.get("weight")) not in shared
+        found = sums_in_place(layer, names) if alone_there and in_place else None
         if found is None:
             _try(layer, names, quantized, dtype)
         else:

@@ -150,7 +150,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
         held = None
     if held is None or held.numel() < size:
         with torch.inference_mode(mode=False):
-            held = torch.empty(size, dtype=dtype)
+            held = torch.empty(size, dtype=dtype, device="cpu")
     try:
         yield held[:size].view(shape)
     finally:

@@ -20,6 +20,7 @@ from lightning_peft import (
     merge_adapters,
     unfuse_blocks,
 )
+from lightning_peft.arithmetic.dropped_parts import drawn_mask
 from lightning_peft.testing.toys import tiny_gpt2, tiny_llama
 
 SIZES = {
@@ -162,6 +163,53 @@ def test_gradient_checkpointing_keeps_as_little_and_gives_the_same(reentrant):
             assert float((one.grad - wanted[name]).norm()) <= 2e-6 * float(wanted[name].norm())
         sizes.append(sum(one.untyped_storage().nbytes() for one in kept.values()))
     assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("fused", [False, True])
+def test_reentrant_checkpointing_drops_the_same_elements_twice(fused):
+    """Its first forward is without gradients, and its second is what is differentiated."""
+    model = adapted(method=LoRA(rank=4, dropout=0.3))
+    model = fuse_blocks(model) if fused else model
+    wanted = run(model)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    torch.manual_seed(5)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert torch.equal(loss, wanted[0])
+    for name, one in trained(model).items():
+        assert float((one.grad - wanted[1][name]).norm()) <= 2e-6 * float(wanted[1][name].norm())
+
+
+@pytest.mark.parametrize("forward_too", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+def test_backward_inside_a_block_of_autocast(name, forward_too):
+    model = fuse_blocks(adapted(MODELS[name]()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=forward_too):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    wanted = torch.autograd.grad(loss, list(trained(model).values()), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.backward()
+    for one, other in zip(trained(model).values(), wanted, strict=True):
+        assert float((one.grad - other).norm()) <= 0.05 * float(other.norm())
+
+
+def test_an_mlp_with_a_dropout_whose_place_is_not_known_is_left_alone():
+    model = adapted(tiny_llama())
+    mlp = model.model.layers[0].mlp
+    mlp.drop = nn.Dropout(0.5)
+    fuse_blocks(model)
+    assert "forward" not in vars(mlp)
+    assert paths(model, "mlp")["model.layers.0.mlp"] == (
+        "plain",
+        "it has a dropout 'drop', and only one called 'dropout' has a known place",
+    )
+
+
+def test_dropout_draws_its_mask_beside_its_input_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert drawn_mask((3, 4), 0.5, torch.device("cpu"))[0].device.type == "cpu"
 
 
 def remember(kept, one):

@@ -300,6 +300,30 @@ def test_a_non_finite_merge_in_a_later_layer_changes_no_weight_whether_originals
     assert not any(layer.merged or layer.permanent for layer in adapter_layers(model).values())
 
 
+def test_memory_that_two_weights_of_a_model_share_is_not_written_to():
+    """Tied by their memory, not by being one parameter: merging one leaves the other as it is, with originals kept or not."""
+    for keep in (False, True):
+        model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+        nn.init.eye_(model[0].weight)
+        model[1].weight = nn.Parameter(model[0].weight.data)
+        inject(model, LoRA(rank=2), "1")
+        shake(model)
+        out = model(X)
+        merge_adapters(model, keep_originals=keep)
+        assert torch.allclose(model(X), out, atol=1e-5)
+        assert torch.equal(model[0].weight, torch.eye(16))
+
+
+def test_backward_of_a_graph_from_before_the_weights_were_overwritten_is_refused():
+    model = net()
+    inject(model, LoRA(rank=2), "all_linear")
+    shake(model)
+    out = model(X).sum()
+    merge_adapters(model, keep_originals=False)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_an_adapter_saved_after_its_base_was_overwritten_does_not_vouch_for_the_merged_weights(tmp_path):
     from lightning_peft import load_adapter, save_adapter
 

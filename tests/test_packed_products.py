@@ -334,6 +334,13 @@ def test_a_weight_that_changes_between_forward_and_backward_is_noticed():
         y.sum().backward()
 
 
+def test_memory_is_the_processor_s_whatever_the_default_device_is():
+    free_scratch()
+    with torch.device("meta"), scratch((2, 3), torch.float32) as lent:
+        assert lent.device.type == "cpu"
+    free_scratch()
+
+
 def test_one_piece_of_memory_serves_all_layers_and_can_be_freed():
     free_scratch()
     model, _ = adapted(intermediate_size=192)

@@ -28,7 +28,7 @@ def drawn_mask(shape: Sequence[int], p: float, device: torch.device) -> tuple[Te
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1.0 - p), 1.0 / (1.0 - p)
     count, dropped = math.prod(shape), min(round(p * _STEPS), _STEPS - 1)
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)  # all 64 bits
     mask = words.view(torch.int16)[:count] >= dropped - _STEPS // 2
     return mask.view(shape), _STEPS / (_STEPS - dropped)
 

@@ -79,8 +79,8 @@ def lean_forward(adapter: LowRankLinear, base: Callable[..., Any], x: Tensor) ->
         return None
     recipe = recipe_of(x)
     dropout = adapter.dropout if adapter.training else 0.0
-    if recipe is None and not (dropout and torch.is_grad_enabled()):
-        return None
+    if recipe is None and not dropout:
+        return None  # with dropout also without gradients: reentrant checkpointing then draws the masks that its second forward draws
     if why_not_lean(adapter) is not None or transformed():
         return None
     pair, scale, held = adapter.factors(), adapter.scaling, adapter.weights_of(base)
@@ -148,6 +148,10 @@ class _LeanLinear(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        kind = gradient.device.type
+        if torch.is_autocast_enabled(kind):  # backward is run in its block too, and the dtypes are chosen already
+            with torch.autocast(kind, enabled=False):
+                return _LeanLinear.backward(ctx, gradient)
         A, B, weight, h, mask, *kept = ctx.saved_tensors
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         need_y = ctx.needs_input_grad[5]
