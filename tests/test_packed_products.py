@@ -165,6 +165,22 @@ def test_gradient_checkpointing_unpacks_once_more_and_changes_nothing(reentrant,
     assert all(torch.equal(gradient, wanted[name]) for name, gradient in gradients.items())
 
 
+def test_dropout_where_autocast_is_of_another_precision_than_the_packed_layers():
+    model = tiny_llama()
+    inject(model, QLoRA(rank=4, dropout=0.3, compute_dtype="float32"))
+    for path, parameter in model.named_parameters():
+        if "lora_B" in path:
+            nn.init.normal_(parameter, std=0.05)
+    ids, found = token_batch()["input_ids"], []
+    for autocast in (False, True):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model.train()(input_ids=ids, labels=ids).loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append(torch.cat([one.flatten() for one in torch.autograd.grad(loss, trained)]))
+    assert 0 < (found[1] - found[0]).norm() <= 0.05 * found[0].norm()
+
+
 def test_threads_do_not_meet():
     layers = [packed_layer(seed=seed) for seed in range(4)]
     x, slope = inputs(), torch.randn(2, 5, 96)

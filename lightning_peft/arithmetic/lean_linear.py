@@ -136,6 +136,7 @@ class _LeanLinear(torch.autograd.Function):
             mask, factor = drawn_mask(flat.shape, dropout, flat.device)
             flat, scale = masked(flat, mask), scale * factor
         h = thin_product(A.to(dtype), flat.to(dtype))  # (rank, tokens)
+        dtype = h.dtype  # of autocast, where the layer returns another one, as a packed layer may
         out = add_product(out, h.t(), B.to(dtype), scale, in_place=y is None)
         ctx.scale, ctx.shape, ctx.dtypes = scale, x.shape, (x.dtype, dtype)
         ctx.cell = None if recipe is None else recipe.cell
