@@ -31,6 +31,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_peft.allocator_hint import VARIABLES
+
 Arm = Callable[[], Any]
 AGAIN = "again"
 
@@ -47,15 +49,17 @@ class Staged:
     """Clears up; it takes what ``run`` took."""
 
     def __call__(self) -> None:
+        self.through(lambda run: run())
+
+    def through(self, measure: Callable[[Arm], Any]) -> Any:
+        """Return what ``measure`` finds of the middle."""
         made = self.before()
-        self.run(made)
+        found = measure(lambda: self.run(made))
         self.after(made)
+        return found
 
 
-ALLOCATORS: dict[str, dict[str, str]] = {
-    "plain": {},
-    "tuned": {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "8589934592"},
-}
+ALLOCATORS: dict[str, Mapping[str, str]] = {"plain": {}, "tuned": VARIABLES}
 TRUSTED = 0.03
 """How far from 1 the interval of A/A may reach."""
 
@@ -82,10 +86,7 @@ class PeakBytes(TorchDispatchMode):
 def peak_bytes(arm: Arm, device: str = "cpu") -> int:
     """Return how many bytes ``arm`` has at a time, at most, above what there was before it."""
     if isinstance(arm, Staged):
-        made = arm.before()
-        found = peak_bytes(lambda: arm.run(made), device)
-        arm.after(made)
-        return found
+        return arm.through(lambda run: peak_bytes(run, device))
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -101,10 +102,7 @@ def peak_bytes(arm: Arm, device: str = "cpu") -> int:
 def seconds(arm: Arm, device: str = "cpu") -> float:
     """Return what one call of ``arm`` takes: of the CPU, or between two events of the GPU."""
     if isinstance(arm, Staged):
-        made = arm.before()
-        found = seconds(lambda: arm.run(made), device)
-        arm.after(made)
-        return found
+        return arm.through(lambda run: seconds(run, device))
     if device != "cuda":
         start = time.process_time()
         arm()

@@ -13,6 +13,7 @@ over processes) it is the forward of the module's own class.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -34,7 +35,7 @@ _MLP: Final = "mlp"
 _EPS = ("variance_epsilon", "eps")
 
 
-class FusedForward:
+class FusedForward(ABC):
     """The forward of a module that keeps less for backward; it takes the place of ``module.forward``."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -50,9 +51,9 @@ class FusedForward:
         serves = not torch.compiler.is_compiling() and torch.is_grad_enabled() and type(x) is Tensor
         return self.plain(x) if not serves or transformed() or self.why_not() is not None else self.fused(x)
 
+    @abstractmethod
     def fused(self, x: Tensor) -> Tensor:
         """Return the same as :meth:`plain`, keeping less."""
-        raise NotImplementedError
 
     def why_not(self) -> str | None:
         """Return why the class's own forward runs at the moment; None where this one does."""
